@@ -1,0 +1,19 @@
+"""bpjax: learning rules that replace backprop, for any Flax model."""
+
+from bpjax import losses
+from bpjax import models
+from bpjax import paths
+from bpjax import rules
+from bpjax import testing
+from bpjax.alignment import alignment
+from bpjax.base import Activations
+from bpjax.base import Alignment
+from bpjax.base import Aux
+from bpjax.base import Credit
+from bpjax.base import Delta
+from bpjax.base import Signal
+from bpjax.base import Unit
+from bpjax.base import UnitInfo
+from bpjax.linen import from_linen
+
+__version__ = '0.1.0'

@@ -1,0 +1,93 @@
+"""How close a rule's learning is to backprop, unit by unit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+import math
+from typing import Any
+
+from bpjax import base
+from bpjax import feedback as feedback_lib
+from bpjax import linen
+from bpjax import paths
+from bpjax.rules.backprop import backprop
+import jax
+import jax.numpy as jnp
+
+
+def alignment(
+    net: linen.Network, loss: base.Loss, rule: Any
+) -> Callable[..., dict[str, base.Alignment]]:
+  r"""Measures a rule against backprop on one batch.
+
+  The teaching signal of a unit is what arrives at its output in place of
+  :math:`\partial \ell_n / \partial h_n`; for perturbations, the perturbation
+  times the change of the loss. Its cosine is taken example by example, as in
+  Launay, Poli and Krzakala (https://arxiv.org/abs/1906.04554). Both passes use
+  the same random key, so the same dropout masks. Under a rule that composes
+  several, weights align with what each unit's own rule names.
+
+  Args:
+    net: the network.
+    loss: `(output, y) -> per-example losses`.
+    rule: the rule.
+
+  Returns:
+    `measure(variables, feedback, x, y, key=None) -> {unit: Alignment}`, to be
+    called under `jax.jit`.
+
+  Raises:
+    ValueError: if the rule cannot train the network.
+
+  Example:
+    >>> import bpjax, flax.linen as nn, jax, jax.numpy as jnp
+    >>> net = bpjax.from_linen(nn.Sequential([nn.Dense(8), nn.tanh, nn.Dense(3)]))
+    >>> x, y = jnp.ones((2, 4)), jnp.zeros(2, int)
+    >>> variables = net.init(jax.random.key(0), x)
+    >>> rule = bpjax.rules.feedback_alignment()
+    >>> feedback = rule.init(jax.random.key(1), net, variables, x)
+    >>> measure = jax.jit(
+    ...     bpjax.alignment(net, bpjax.losses.softmax_cross_entropy, rule))
+    >>> float(measure(variables, feedback, x, y)['layers_2'].update)
+    1.0
+  """
+
+  def measure(variables, feedback, x, y, key=None):
+    units = net.survey(variables, x).units
+    params = variables['params']
+    updates, signals = rule.signals(net, loss, variables, feedback, x, y, key)
+    gradients, exact = backprop().signals(net, loss, variables, {}, x, y, key)
+    targets = rule.weight_targets(units, params, feedback)
+    result = {}
+    for name, info in units.items():
+      own = paths.subtree(params, name)
+      rows = _rows(paths.subtree(exact, name), info)
+      taught = paths.subtree(signals, name)
+      cosines = jax.vmap(feedback_lib.cosine)(
+          rows if not taught else _rows(taught, info), rows)
+      weight = jnp.nan
+      if name in targets:
+        weight = feedback_lib.cosine(
+            _restrict(own, targets[name]), targets[name])
+      result[name] = base.Alignment(
+          teaching=jnp.mean(cosines), teaching_std=jnp.std(cosines),
+          update=feedback_lib.cosine(
+              paths.subtree(updates, name), paths.subtree(gradients, name)),
+          weight=jnp.asarray(weight))
+    return result
+
+  return measure
+
+
+def _rows(signals: Mapping[str, base.Array], info: base.UnitInfo) -> base.Array:
+  """One row an example (and a layer, under `nn.scan`), all calls side by side."""
+  size = math.prod(info.out.shape[1:])
+  return jnp.concatenate(
+      [s.reshape(-1, size) for s in signals.values()], axis=1)
+
+
+def _restrict(params, like):
+  """The entries of `params` that `like` has."""
+  if not isinstance(like, Mapping):
+    return params
+  return {k: _restrict(params[k], v) for k, v in like.items()}

@@ -1,0 +1,176 @@
+"""The types that a learning rule is written in. Their docstrings are the contract."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+import dataclasses
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+Array = jax.Array
+Key = jax.Array
+Tree = Any
+Loss = Callable[[Any, Any], Array]
+
+
+class Activations(NamedTuple):
+  """What one unit saw and made on the way forward.
+
+  Attributes:
+    inputs: the unit's array inputs, each `[batch, ...]`.
+    pre: the output of the unit's affine operation, `[batch, ..., features]`.
+    out: the unit's output; the same array as `pre` unless the unit owns its
+      nonlinearity.
+  """
+  inputs: tuple[Array, ...]
+  pre: Array
+  out: Array
+
+
+class Signal(NamedTuple):
+  """What reaches one unit on the way back.
+
+  Attributes:
+    teaching: what arrives at the unit's output in place of the gradient
+      `d(sum_n l_n)/d(out)`, in the shape of `out`. Per example: it was never
+      divided by the batch size.
+    error: the error of the unit's port, `d(sum_n l_n)/d(output)` in the shape
+      of the model's output, or None for a unit without a port.
+    key: the unit's own random key for this step (None for a rule that does not
+      say `stochastic=True`).
+  """
+  teaching: Array
+  error: Array | None
+  key: Key | None
+
+
+class Credit(NamedTuple):
+  """What a rule answers for one unit. Sums over examples, gradient-signed.
+
+  Attributes:
+    params: an update for each parameter of the unit, in its shape.
+    inputs: the message to each input, in its shape; None for an integer input.
+      A tuple of the length of `Activations.inputs`.
+    feedback: an update for the unit's feedback in its structure, or None where
+      the feedback is fixed.
+  """
+  params: Tree
+  inputs: tuple[Array | None, ...]
+  feedback: Tree | None = None
+
+
+class Aux(NamedTuple):
+  """The second part of the value that `learn` returns.
+
+  Attributes:
+    output: the model's output.
+    model_state: the model's own collections (`batch_stats`, ...) after this
+      step; {} for a model without any.
+  """
+  output: Any
+  model_state: Mapping[str, Tree]
+
+
+@dataclasses.dataclass(frozen=True)
+class UnitInfo:
+  """What is known of a unit before any data is seen.
+
+  Attributes:
+    name: the path of its module, joined with `/`.
+    kind: the class of its affine operation, such as `Dense` or `Conv`.
+    inputs: shape and dtype of each array input, batch axis included.
+    pre: shape and dtype of the affine operation's output.
+    out: shape and dtype of the unit's output.
+    params: shape and dtype of each parameter.
+    net_output: shape and dtype of the model's output (an error has them too).
+    is_output: whether this is the last unit that the model calls.
+    sends: whether anything trainable lies upstream, so that the unit's message
+      is of use. A unit that reads the data alone sends nothing and needs no
+      feedback.
+    taught: whether an error can reach the unit at all.
+    calls: how often the model calls the unit in one forward pass.
+    positionwise: whether the unit does the same to every position of its
+      input's middle axes (Dense, DenseGeneral), so that its features are the
+      last axes alone.
+    feature_axes: the number of trailing input axes that are its features.
+  """
+  name: str
+  kind: str
+  inputs: tuple[jax.ShapeDtypeStruct, ...]
+  pre: jax.ShapeDtypeStruct
+  out: jax.ShapeDtypeStruct
+  params: Tree
+  net_output: Any
+  is_output: bool
+  sends: bool
+  taught: bool
+  calls: int
+  positionwise: bool
+  feature_axes: int
+
+
+class Unit(Protocol):
+  """The smallest piece whose backward pass a rule replaces.
+
+  A rule asks the unit for vector-Jacobian products instead of writing outer
+  products: that is what lets one rule serve dense, convolutional and attention
+  layers, with or without sharding.
+  """
+  info: UnitInfo
+
+  def affine(self, params: Tree, inputs: tuple[Array, ...]) -> Array:
+    """The affine operation's output `pre`."""
+
+  def activation(
+      self, params: Tree, pre: Array, inputs: tuple[Array, ...]) -> Array:
+    """What follows the affine operation inside the unit; identity if nothing."""
+
+  def delta(
+      self, params: Tree, activations: Activations, teaching: Array) -> Delta:
+    """The exact VJP of the unit's activation: `teaching` brought before it."""
+
+  def params_vjp(
+      self, params: Tree, activations: Activations, delta: Delta) -> Tree:
+    """The exact VJP with respect to the parameters (`x^T delta` and so on)."""
+
+  def inputs_vjp(
+      self, params: Tree, weights: Tree, activations: Activations,
+      delta: Delta) -> tuple[Array | None, ...]:
+    """The VJP with respect to the inputs, with `weights` for the parameters."""
+
+  def draw(self, key: Key) -> Tree:
+    """Fresh parameters from the model's own initialisers."""
+
+
+class Delta(NamedTuple):
+  """A signal before the unit's activation, and what the activation itself owns.
+
+  Attributes:
+    pre: the signal at the affine operation's output, in the shape of `pre`.
+    params: the activation's own exact parameter updates (a norm's scale inside
+      the unit, say), or None.
+    inputs: what passes the affine operation by (a skip connection inside the
+      unit), one entry per input, or None.
+  """
+  pre: Array
+  params: Tree | None = None
+  inputs: tuple[Array | None, ...] | None = None
+
+
+class Alignment(NamedTuple):
+  """How close one unit's learning is to backprop. Cosines, in [-1, 1].
+
+  Attributes:
+    teaching: mean over examples of the cosine between the rule's teaching
+      signal at the unit's output and backprop's.
+    teaching_std: its standard deviation over examples.
+    update: cosine between the rule's update of the unit's parameters and
+      backprop's, flattened together.
+    weight: cosine between the unit's weights and what the rule aligns them
+      with (its feedback for feedback alignment); NaN where nothing is defined.
+  """
+  teaching: Array
+  teaching_std: Array
+  update: Array
+  weight: Array

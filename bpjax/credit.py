@@ -1,0 +1,534 @@
+"""The credit engine: a rule of one unit, composed over a model by custom_vjp.
+
+Autodiff routes the error through the graph, as the model wrote it; at each unit
+the rule answers instead of the unit's own derivative. One forward pass; an
+error that a unit reads directly arrives as the cotangent of a zero that the
+unit put out (its port).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+import dataclasses
+import functools
+from typing import Any
+
+from bpjax import base
+from bpjax import linen
+from bpjax import paths
+from bpjax import reduction as reduction_lib
+import jax
+import jax.numpy as jnp
+
+SHARED = '_shared'  # Key of the feedback that no single unit owns.
+_OWN = ('params', 'feedback', 'ports', 'noise', 'probes')
+
+
+def no_feedback(key: base.Key, info: base.UnitInfo, params: base.Tree) -> None:
+  """`init_unit` of a rule without feedback of its own."""
+  del key, info, params
+
+
+def no_port(info: base.UnitInfo) -> None:
+  """`port` of a rule whose units read no error directly."""
+  del info
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+  """A learning rule of the credit engine. What a rule's function returns.
+
+  Attributes:
+    name: the rule's name.
+    backward: `(unit, params, feedback, activations, signal) -> Credit`, the
+      rule itself: a pure function of one unit.
+    init_unit: `(key, info, params) -> feedback of this unit`, a dict, an
+      array, or None.
+    init_shared: `(key, units) -> feedback` that several units read, or None;
+      a unit without feedback of its own gets it as `feedback`.
+    port: `(info) -> 'output'` for a unit that reads the output's error, else
+      None.
+    learns_feedback: whether an optimiser may touch the feedback.
+    stochastic: whether `backward` draws random numbers (`signal.key`).
+    linear: whether the rule is linear in the error, as `bind` needs.
+    weight_target: `(units, params, feedback) -> {unit: weights}`: what the
+      rule's weights should align with, for `bpjax.alignment`; or None.
+  """
+  name: str
+  backward: Callable[..., base.Credit]
+  init_unit: Callable[..., base.Tree | None] = no_feedback
+  init_shared: Callable[..., base.Tree] | None = None
+  port: Callable[[base.UnitInfo], str | None] = no_port
+  learns_feedback: bool = False
+  stochastic: bool = False
+  linear: bool = True
+  weight_target: Callable[..., Mapping[str, base.Tree]] | None = None
+
+  def rule_for(self, unit: str) -> tuple[str, Rule]:
+    """The rule that trains `unit`, and the name that its shared part has."""
+    del unit
+    return self.name, self
+
+  def check(self, survey: Any) -> None:
+    """Raises a ValueError for a network that the rule cannot train."""
+    check_visible(survey)
+    for unit in survey.blocked:
+      raise ValueError(
+          f'no error can reach unit `{unit}` under `{self.rule_for(unit)[0]}`: '
+          'an activation between it and the output has a derivative that is '
+          'zero everywhere (sign, round, a comparison); use a smooth '
+          'activation or a straight-through one, '
+          '`x + jax.lax.stop_gradient(jnp.sign(x) - x)`.')
+    for name, info in survey.units.items():
+      label, rule = self.rule_for(name)
+      if rule.port(info) not in (None, 'output'):
+        raise ValueError(
+            f"`port` of rule `{label}` must be None or 'output' at unit "
+            f'`{name}`, got {rule.port(info)!r}.')
+      _check_unit(name, info, label, rule, survey)
+
+  def init(
+      self, key: base.Key, net: linen.Network, variables: Mapping[str, Any],
+      x: Any) -> dict[str, Any]:
+    """Draws the rule's feedback for a network.
+
+    Args:
+      key: a random key; the same key gives the same feedback.
+      net: the network.
+      variables: the network's variables.
+      x: an input, or a tuple of inputs (only the shapes matter).
+
+    Returns:
+      The feedback: nested as `variables['params']` is, a unit's part being
+      what the rule keeps there; {} for a rule without feedback.
+
+    Raises:
+      ValueError: if the rule cannot train this network.
+    """
+    survey = net.survey(variables, x)
+    self.check(survey)
+
+    def visit(call):
+      info = survey.units[call.name]
+      _, rule = self.rule_for(call.name)
+      if call.read('feedback') is None and rule.init_unit is not no_feedback:
+        feedback = rule.init_unit(call.key(), info, call.params)
+        if feedback is not None:
+          call.write('feedback', feedback)
+      return call.original()
+
+    def draw(key, variables, x):
+      key, shared_key = jax.random.split(key)
+      _, collections = net.run(variables, x, visit, key, ['feedback', *state])
+      feedback = linen.unpack(collections.get('feedback', {}))
+      shared = self._init_shared(shared_key, survey.units)
+      return {**feedback, SHARED: shared} if shared else feedback
+
+    state = [c for c in variables if c not in _OWN]
+    return jax.jit(draw)(key, dict(variables), x)
+
+  def _init_shared(self, key, units):
+    members = {}
+    for name, info in units.items():
+      label, rule = self.rule_for(name)
+      if rule.init_shared is not None:
+        members.setdefault(label, (rule, {}))[1][name] = info
+    return {
+        label: rule.init_shared(jax.random.fold_in(key, i), infos)
+        for i, (label, (rule, infos)) in enumerate(members.items())}
+
+  def trainable(self, feedback: base.Tree) -> base.Tree:
+    """A tree of bools: which feedback an optimiser may touch.
+
+    Example:
+      >>> import bpjax
+      >>> bpjax.rules.feedback_alignment().trainable({'Dense_1': {'kernel': 1.}})
+      {'Dense_1': {'kernel': False}}
+    """
+    return paths.map_with_name(
+        lambda name, _: self._rule_of_leaf(name).learns_feedback, feedback)
+
+  def _rule_of_leaf(self, name):
+    return self.rule_for(name.removeprefix(SHARED + '/'))[1]
+
+  def units(
+      self, net: linen.Network, variables: Mapping[str, Any], x: Any
+  ) -> dict[str, str]:
+    """Unit -> the rule that trains it; also the parameters without a unit."""
+    units = net.survey(variables, x).units
+    trained = {name: self.rule_for(name)[1].name for name in units}
+    return trained | {p: 'exact gradient (no unit)' for p in units.exact}
+
+  def predict(self, net: linen.Network) -> Callable[..., Any]:
+    """`(variables, x) -> output` in evaluation mode."""
+    return net.apply
+
+  def value_and_grad(
+      self, net: linen.Network, loss: base.Loss, *,
+      reduction: str | Mapping[str, str] = 'mean') -> Callable[..., Any]:
+    """Like `jax.value_and_grad`, for this rule.
+
+    Args:
+      net: the network.
+      loss: `(output, y) -> per-example losses [batch, ...]`.
+      reduction: 'mean' divides the updates by the number of losses, 'sum' does
+        not; or a mapping from path patterns to one of the two (the first that
+        matches wins, 'mean' where none does). The value is the mean always.
+
+    Returns:
+      `learn(variables, feedback, x, y, key=None) -> ((value, aux), (grads,
+      feedback_grads))`, to be called under `jax.jit`. `value` is the mean
+      loss, `aux` an `Aux`; `grads` has the structure of `variables['params']`
+      and `feedback_grads` that of `feedback` (zeros where it is fixed). Both
+      are gradient-signed: an optax optimiser descends them.
+
+    Raises:
+      ValueError: before any computation, if the rule cannot train the network.
+
+    Example:
+      >>> import bpjax, flax.linen as nn, jax, jax.numpy as jnp
+      >>> net = bpjax.from_linen(nn.Sequential([nn.Dense(8), nn.tanh, nn.Dense(3)]))
+      >>> x, y = jnp.ones((2, 4)), jnp.zeros(2, int)
+      >>> variables = net.init(jax.random.key(0), x)
+      >>> rule = bpjax.rules.feedback_alignment()
+      >>> feedback = rule.init(jax.random.key(1), net, variables, x)
+      >>> learn = jax.jit(
+      ...     rule.value_and_grad(net, bpjax.losses.softmax_cross_entropy))
+      >>> (value, aux), (grads, feedback_grads) = learn(
+      ...     variables, feedback, x, y)
+    """
+    reduction_lib.check(reduction)
+
+    def learn(variables, feedback, x, y, key=None):
+      value, aux, grads, count = self.differentiate(
+          net, loss, variables, feedback, x, y, key)
+      return (value, aux), reduction_lib.apply(reduction, grads[:2], count)
+
+    return learn
+
+  def differentiate(
+      self, net, loss, variables, feedback, x, y, key, probes=None):
+    """The engine: one forward pass, one pull.
+
+    Returns:
+      value, aux, the summed updates of (params, feedback, probes), and the
+      number of losses.
+    """
+    survey = net.survey(variables, x)
+    self.check(survey)
+    key, _ = split(key)
+    params = variables['params']
+    state = {c: v for c, v in variables.items() if c not in _OWN}
+    feedback = dict(feedback)
+    shared = feedback.get(SHARED, {})
+    visit = functools.partial(self._visit, survey=survey, shared=shared)
+
+    def forward(params, feedback, probes):
+      own = {k: v for k, v in feedback.items() if k != SHARED}
+      collections = {
+          **state, 'params': params, 'feedback': linen.pack(own, params)}
+      if probes is not None:
+        collections['probes'] = probes
+      output, state_out = net.run(
+          collections, x, visit, key, [*state, 'ports'])
+      ports = state_out.pop('ports', {})
+      return (output, ports), {c: state_out[c] for c in state}
+
+    (output, ports), pull, state = jax.vjp(
+        forward, params, feedback, probes, has_aux=True)
+    losses, pull_loss = jax.vjp(lambda o: loss(o, y), output)
+    reduction_lib.check_losses(losses, output)
+    error, = pull_loss(jnp.ones_like(losses))
+    grads = pull((error, jax.tree.map(lambda p: _to_port(error, p), ports)))
+    return jnp.mean(losses), base.Aux(output, state), grads, losses.size
+
+  def signals(self, net, loss, variables, feedback, x, y, key):
+    """The updates, and what arrives at every unit's output.
+
+    Returns:
+      The mean updates of the parameters, and a collection of the teaching
+      signals: under each unit's name an array for each of its calls.
+    """
+    check_lists(net.survey(variables, x), 'probes', 'the alignment')
+
+    def visit(call):
+      out = call.original()
+      call.write('probes', jnp.zeros_like(out), 'call')
+      return out
+
+    def trace(variables, x):
+      state = [c for c in variables if c != 'params']
+      return net.run(
+          variables, x, visit, jax.random.key(0), [*state, 'probes']
+      )[1].get('probes', {})
+
+    probes = jax.tree.map(
+        zeros_like_output, jax.eval_shape(trace, dict(variables), x))
+    _, _, (grads, _, signals), count = self.differentiate(
+        net, loss, variables, feedback, x, y, key, probes)
+    return jax.tree.map(lambda g: g / count, grads), signals
+
+  def weight_targets(self, units, params, feedback):
+    """Unit -> the weights that its own should align with."""
+    members = {}
+    for name in units:
+      label, rule = self.rule_for(name)
+      part = paths.subtree(feedback, name)
+      if part is None:
+        part = feedback.get(SHARED, {}).get(label)
+      if rule.weight_target is not None and part is not None:
+        members.setdefault(label, (rule, {}))[1][name] = part
+    targets = {}
+    for rule, parts in members.values():
+      own = {name: paths.subtree(params, name) for name in parts}
+      targets |= rule.weight_target(units, own, parts)
+    return targets
+
+  def _visit(self, call, survey, shared):
+    """Answers for one call of one unit: the unit under `custom_vjp`."""
+    info = survey.units[call.name]
+    label, rule = self.rule_for(call.name)
+    feedback = _feedback_of(call, info, label, rule, shared.get(label))
+    key = call.key() if rule.stochastic else None
+    out, port = _wrap(call.unit, info, rule)(
+        call.params, feedback, call.inputs, key)
+    if port is not None:
+      call.write('ports', port, 'port')
+    probe = call.read('probes', 'call')
+    return out if probe is None else out + probe
+
+  def bind(self, net: linen.Network) -> Callable[..., Any]:
+    """An apply function whose ordinary `jax.grad` is the rule.
+
+    For rules that are linear in the error and read no port. What the gradient
+    is taken of decides the reduction.
+
+    Args:
+      net: the network.
+
+    Returns:
+      `apply(variables, feedback, x, *, key=None, mutable=False)`, in training
+      mode: the output, or with `mutable` the output and the model's updated
+      collections, as in Flax.
+
+    Raises:
+      ValueError: for a rule that a gradient cannot express.
+    """
+    if not self.linear:
+      raise ValueError(
+          f'`bind` needs a rule that is linear in the error, and `{self.name}` '
+          'is not; use `rule.value_and_grad(net, loss)`.')
+
+    def apply(variables, feedback, x, *, key=None, mutable=False):
+      survey = net.survey(variables, x)
+      self.check(survey)
+      for name, info in survey.units.items():
+        label, rule = self.rule_for(name)
+        if rule.port(info):
+          raise ValueError(
+              f'`bind` cannot bring an error to the port of unit `{name}` '
+              f'(rule `{label}`); use `rule.value_and_grad(net, loss)`.')
+      own = {k: v for k, v in feedback.items() if k != SHARED}
+      state = [c for c in variables if c not in _OWN]
+      output, state_out = net.run(
+          {**variables, 'feedback': linen.pack(own, variables['params'])}, x,
+          functools.partial(
+              self._visit, survey=survey, shared=feedback.get(SHARED, {})),
+          key, state)
+      if not mutable:
+        return output
+      return output, {c: state_out[c] for c in state}
+
+    return apply
+
+
+@dataclasses.dataclass(frozen=True)
+class _ByPath(Rule):
+  """Different rules for different units. Made by `by_path`."""
+  rules: tuple[tuple[str, Rule], ...] = ()
+
+  def rule_for(self, unit):
+    for pattern, rule in self.rules:
+      if paths.matches(pattern, unit):
+        return pattern, rule.rule_for(unit)[1]
+    raise ValueError(
+        f'no pattern of `by_path` matches unit `{unit}`; got '
+        f'{[p for p, _ in self.rules]}: add for example '
+        "`'*': bpjax.rules.backprop()` as the last one.")
+
+  def check(self, survey):
+    for pattern, _ in self.rules:
+      if not any(paths.matches(pattern, name) for name in survey.units):
+        raise ValueError(
+            f'pattern `{pattern}` of `by_path` matches no unit; '
+            f'{paths.nearest(pattern, survey.units)}.')
+    super().check(survey)
+
+
+def by_path(rules: Mapping[str, Rule]) -> Rule:
+  """Gives different units different rules.
+
+  The rule of a unit decides what the unit does with the signal that reaches it,
+  and what it *sends below*. What it is taught by is decided by the rules above
+  it: for direct feedback alignment up to layer 3, give the rule to layer 4, too,
+  since it is layer 4 that hands its error down.
+
+  Args:
+    rules: pattern -> rule (of the credit engine). A pattern is a glob or a
+      regular expression on the unit's path, or on that of a module around it;
+      the first that matches wins, and every unit needs one.
+
+  Returns:
+    A rule.
+
+  Raises:
+    ValueError: for a rule of another engine; when the network is known, for a
+      unit without a pattern and for a pattern without a unit.
+
+  Example:
+    >>> import bpjax
+    >>> rule = bpjax.rules.by_path({
+    ...     'Dense_0': bpjax.rules.backprop(),
+    ...     '*': bpjax.rules.feedback_alignment()})
+  """
+  if not rules:
+    raise ValueError('`by_path` needs at least one pattern, got none.')
+  for pattern, rule in rules.items():
+    if not isinstance(rule, Rule):
+      raise ValueError(
+          f'`by_path` combines rules of the credit engine; `{pattern}` got '
+          f'{getattr(rule, "name", rule)!r}, which is none.')
+  return _ByPath(
+      name='by_path', backward=None, rules=tuple(rules.items()),
+      linear=all(rule.linear for rule in rules.values()))
+
+
+def check_visible(survey: Any) -> None:
+  """Raises for a unit inside `nn.jit`, where no rule can see it reliably."""
+  for unit in survey.jitted:
+    raise ValueError(
+        f'unit `{unit}` is inside `nn.jit`, which keeps traces that a rule has '
+        'not seen; use the module without `nn.jit`: the whole step is compiled '
+        'anyway.')
+
+
+def split(key: base.Key | None) -> tuple[base.Key | None, base.Key | None]:
+  """A step's key for the model's run, and one for the engine's own draws."""
+  return (None, None) if key is None else tuple(jax.random.split(key))
+
+
+def check_lists(survey: Any, collection: str, who: str) -> None:
+  """Raises for an `nn.scan` that does not pass on a collection."""
+  for unit, lacks in survey.lacks.items():
+    if collection in lacks:
+      raise ValueError(_unlisted(unit, collection, who))
+
+
+def _unlisted(unit, collection, who):
+  where = ("`split_rngs={..., 'rule': True}`" if collection == 'rule' else
+           f"`variable_axes={{..., '{collection}': 0}}`")
+  return (
+      f'unit `{unit}` is inside an `nn.scan` (or another lifted transform) that '
+      f'does not pass on `{collection}`, which {who} needs there; add {where} '
+      'to it.')
+
+
+def _check_unit(name, info, label, rule, survey):
+  needs = {
+      'feedback': rule.init_unit is not no_feedback and info.sends,
+      'ports': rule.port(info) is not None, 'rule': rule.stochastic}
+  for collection in survey.lacks.get(name, ()):
+    if needs.get(collection):
+      raise ValueError(_unlisted(name, collection, f'rule `{label}`'))
+  if info.calls > 1 and rule.port(info) is not None:
+    raise ValueError(
+        f'unit `{name}` is called {info.calls} times in one forward pass, and '
+        f'rule `{label}` brings the error to each unit once; give each call a '
+        'unit of its own, or this one another rule with `by_path`.')
+  if rule.port(info) and not hasattr(info.net_output, 'shape'):
+    raise ValueError(
+        f'rule `{label}` projects the error of one output array, and the model '
+        f'returns {type(info.net_output).__name__}; return the array alone.')
+
+
+def _feedback_of(call, info, label, rule, shared):
+  """The feedback of a unit: its own, else what it shares; checked."""
+  feedback = call.read('feedback')
+  if rule.init_unit is no_feedback:
+    return shared
+  expected = jax.eval_shape(
+      lambda k, p: rule.init_unit(k, info, p), jax.random.key(0), call.params)
+  if expected is None:
+    return feedback if shared is None else shared
+  shapes = lambda t: jax.tree.map(lambda leaf: tuple(leaf.shape), t)
+  if shapes(feedback) != shapes(expected):
+    raise ValueError(
+        f'`feedback` of unit `{call.name}` must have the shape '
+        f'{shapes(expected)} under rule `{label}`, got {shapes(feedback)}; '
+        'pass what `rule.init` returned for this network.')
+  return feedback
+
+
+def _wrap(unit, info, rule):
+  """The unit as a function with the rule for its derivative."""
+  unit.info = info
+  has_port = rule.port(info) is not None
+
+  def primal(params, inputs):
+    pre, out = unit(params, inputs)
+    port = zeros_like_output(info.net_output) if has_port else None
+    return pre, out, port
+
+  @jax.custom_vjp
+  def call(params, feedback, inputs, key):
+    del feedback, key
+    return primal(params, inputs)[1:]
+
+  def forward(params, feedback, inputs, key):
+    pre, out, port = primal(params, inputs)
+    return (out, port), (params, feedback, inputs, pre, out, key)
+
+  def backward(residuals, cotangents):
+    params, feedback, inputs, pre, out, key = residuals
+    teaching, error = cotangents
+    credit = rule.backward(
+        unit, params, feedback, base.Activations(inputs, pre, out),
+        base.Signal(teaching, error, key))
+    return (credit.params, credit.feedback,
+            _check_messages(info, rule, inputs, credit.inputs), None)
+
+  call.defvjp(forward, backward)
+  return call
+
+
+def _check_messages(info, rule, inputs, messages):
+  """One message an input, in its shape and dtype."""
+  if len(messages) != len(inputs):
+    raise ValueError(
+        f'rule `{rule.name}` must send one message an input at unit '
+        f'`{info.name}`, {len(inputs)}, got {len(messages)}.')
+  checked = []
+  for x, message in zip(inputs, messages):
+    if message is not None and message.shape != x.shape:
+      raise ValueError(
+          f'rule `{rule.name}` must send a message of its input\'s shape '
+          f'{x.shape} at unit `{info.name}`, got {message.shape}.')
+    checked.append(None if message is None else message.astype(x.dtype))
+  return tuple(checked)
+
+
+def zeros_like_output(output: jax.ShapeDtypeStruct) -> base.Array:
+  """Zeros like the model's output, on the same mesh axes."""
+  sharding = getattr(output, 'sharding', None)
+  return jnp.zeros(output.shape, output.dtype, out_sharding=sharding)
+
+
+def _to_port(error, port):
+  """The error for a port, once for every layer of a scan."""
+  if port.shape[port.ndim - error.ndim:] != error.shape:
+    raise ValueError(
+        f'an `nn.scan` stacks `ports` of shape {error.shape} to {port.shape}; '
+        "list them on axis 0, `variable_axes={..., 'ports': 0}`.")
+  if port.shape == error.shape:
+    return error
+  return jnp.broadcast_to(error, port.shape).astype(port.dtype)

@@ -1,0 +1,70 @@
+"""Feedback weights that stand in for forward weights: how they are drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+import math
+
+from bpjax import base
+import jax
+import jax.numpy as jnp
+
+
+def stands_for(params: base.Tree) -> base.Tree:
+  """The parameters that a message depends on: all but the biases.
+
+  Example:
+    >>> sorted(stands_for({'kernel': 1., 'bias': 2.}))
+    ['kernel']
+  """
+  kept = {}
+  for name, value in params.items():
+    if isinstance(value, Mapping):
+      value = stands_for(value)
+    if name != 'bias' and not (isinstance(value, Mapping) and not value):
+      kept[name] = value
+  return kept
+
+
+def draw(
+    key: base.Key, info: base.UnitInfo, params: base.Tree, scale: float
+) -> base.Tree | None:
+  """Random weights of the shapes of a unit's own, for a unit that sends.
+
+  Entries are normal with standard deviation `scale / sqrt(fan-in)`, that of
+  Flax's default initialiser for the weights that they stand for.
+
+  Args:
+    key: the unit's key.
+    info: the unit.
+    params: the unit's parameters (only shapes and dtypes matter).
+    scale: the factor on the standard deviation.
+
+  Returns:
+    `{'kernel': ...}` in the shape of the unit's kernel, or None for a unit that
+    reads the data alone or integers: nothing below it waits for a message.
+  """
+  if not info.sends:
+    return None
+  weights = stands_for(params)
+  leaves, structure = jax.tree.flatten(weights)
+  keys = jax.random.split(key, len(leaves))
+  return jax.tree.unflatten(structure, [
+      scale / math.sqrt(fan_in(info, leaf.shape))
+      * jax.random.normal(k, leaf.shape, leaf.dtype)
+      for k, leaf in zip(keys, leaves)])
+
+
+def fan_in(info: base.UnitInfo, shape: tuple[int, ...]) -> int:
+  """How many inputs each output of a kernel of this shape sums over."""
+  if info.positionwise:
+    return math.prod(shape[:info.feature_axes])
+  return math.prod(shape[:-1])
+
+
+def cosine(a: base.Tree, b: base.Tree) -> base.Array:
+  """The cosine between two trees, each flattened to a vector; 0 for a zero."""
+  dot = lambda u, v: sum(
+      jnp.vdot(p, q) for p, q in zip(jax.tree.leaves(u), jax.tree.leaves(v)))
+  norm = jnp.sqrt(dot(a, a)) * jnp.sqrt(dot(b, b))
+  return jnp.where(norm > 0, dot(a, b) / jnp.where(norm > 0, norm, 1), 0)

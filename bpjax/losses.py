@@ -1,0 +1,64 @@
+"""Per-example losses, [batch, ...]: what `rule.value_and_grad` takes.
+
+Any function of `(output, y)` that returns one loss an example serves as well.
+"""
+
+from bpjax import base
+import jax.numpy as jnp
+import optax
+
+
+def softmax_cross_entropy(output: base.Array, y: base.Array) -> base.Array:
+  """Softmax cross-entropy in nats.
+
+  Args:
+    output: logits `[batch, ..., classes]`.
+    y: integer labels `[batch, ...]`, or probabilities in the shape of `output`.
+
+  Returns:
+    Losses `[batch, ...]`.
+
+  Raises:
+    ValueError: if the shapes do not fit.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> softmax_cross_entropy(jnp.zeros((2, 4)), jnp.array([0, 3])).shape
+    (2,)
+  """
+  if jnp.issubdtype(y.dtype, jnp.integer):
+    if y.shape != output.shape[:-1]:
+      raise ValueError(
+          f'integer labels `y` must have shape {output.shape[:-1]}, the shape '
+          f'of `output` without its classes, got {y.shape}.')
+    return optax.losses.softmax_cross_entropy_with_integer_labels(output, y)
+  if y.shape != output.shape:
+    raise ValueError(
+        f'probabilities `y` must have the shape of `output`, {output.shape}, '
+        f'got {y.shape}.')
+  return optax.losses.softmax_cross_entropy(output, y)
+
+
+def squared_error(output: base.Array, y: base.Array) -> base.Array:
+  """Half the squared distance, summed over all axes but the first.
+
+  Args:
+    output: `[batch, ...]`.
+    y: targets in the same shape.
+
+  Returns:
+    Losses `[batch]`; the error is `output - y`.
+
+  Raises:
+    ValueError: if the shapes differ (broadcasting would hide a mistake).
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> squared_error(jnp.ones((2, 4)), jnp.zeros((2, 4)))
+    Array([2., 2.], dtype=float32)
+  """
+  if y.shape != output.shape:
+    raise ValueError(
+        f'targets `y` must have the shape of `output`, {output.shape}, got '
+        f'{y.shape}.')
+  return .5 * jnp.sum(jnp.square(output - y), axis=tuple(range(1, y.ndim)))

@@ -1,0 +1,66 @@
+"""Multilayer perceptron."""
+
+from collections.abc import Callable, Sequence
+
+from bpjax import activations
+import flax.linen as nn
+import jax.numpy as jnp
+
+
+class MLP(nn.Module):
+  """Dense layers with an activation between; see `mlp`."""
+  num_classes: int
+  widths: Sequence[int]
+  activation: Callable[..., jnp.ndarray]
+  dropout: float = 0.
+  batch_norm: bool = False
+  dtype: jnp.dtype | None = None
+
+  @nn.compact
+  def __call__(self, x, train: bool = False):
+    x = x.reshape(x.shape[0], -1)
+    for width in self.widths:
+      x = nn.Dense(width, dtype=self.dtype)(x)
+      if self.batch_norm:
+        x = nn.BatchNorm(use_running_average=not train, dtype=self.dtype)(x)
+      x = self.activation(x)
+      x = nn.Dropout(self.dropout, deterministic=not train)(x)
+    return nn.Dense(self.num_classes, dtype=self.dtype)(x)
+
+
+def mlp(
+    num_classes: int, widths: Sequence[int] = (256, 256),
+    activation: str = 'relu', dropout: float = 0., batch_norm: bool = False,
+    dtype: str | None = None) -> MLP:
+  """A multilayer perceptron on flattened inputs.
+
+  784-256-256-10 has 269,322 parameters.
+
+  Args:
+    num_classes: number of outputs.
+    widths: units of each hidden layer.
+    activation: a name that `bpjax.activations.get` knows.
+    dropout: rate after each hidden layer, in training.
+    batch_norm: BatchNorm before each activation.
+    dtype: of the computation, such as 'bfloat16'; default that of the inputs.
+
+  Returns:
+    A module from `[batch, ...]` to logits `[batch, num_classes]`; its call
+    takes `train`.
+
+  Raises:
+    ValueError: for an unknown activation or widths that are not positive.
+
+  Example:
+    >>> model = mlp(10, widths=(64,), activation='tanh')
+  """
+  widths = tuple(widths) if isinstance(widths, Sequence) else (widths,)
+  if any(int(w) != w or w < 1 for w in (*widths, num_classes)):
+    raise ValueError(
+        '`widths` and `num_classes` must be positive whole numbers, got '
+        f'{widths} and {num_classes}.')
+  if not 0 <= dropout < 1:
+    raise ValueError(f'`dropout` must be in [0, 1), got {dropout}.')
+  return MLP(
+      num_classes, widths, activations.get(activation), dropout, batch_norm,
+      dtype and jnp.dtype(dtype))

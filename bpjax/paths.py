@@ -1,0 +1,85 @@
+"""Names of units and parameters, and the patterns that select them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+import difflib
+import fnmatch
+import re
+from typing import Any
+
+import jax
+
+
+def matches(pattern: str, path: str) -> bool:
+  """Whether `pattern` selects `path`.
+
+  A pattern is a shell-style glob (`*`, `Block_*`) or a regular expression that
+  has to match the whole path (`Block_[01]/.*`). It selects a path if it matches
+  the path itself or a module that contains it, so `encoder` selects everything
+  inside `encoder`.
+
+  Args:
+    pattern: the glob or the regular expression.
+    path: names joined with `/`, such as `encoder/Dense_0/kernel`.
+
+  Returns:
+    True or False.
+
+  Example:
+    >>> matches('encoder', 'encoder/Dense_0/kernel')
+    True
+    >>> matches('*/kernel', 'encoder/Dense_0/kernel')
+    True
+    >>> matches('Dense_[12]', 'Dense_3')
+    False
+  """
+  parts = path.split('/')
+  prefixes = ['/'.join(parts[:i]) for i in range(len(parts), 0, -1)]
+  if any(fnmatch.fnmatchcase(prefix, pattern) for prefix in prefixes):
+    return True
+  try:
+    expression = re.compile(pattern)
+  except re.error:
+    return False  # A glob such as `*` is no regular expression.
+  return any(expression.fullmatch(prefix) for prefix in prefixes)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+  """The end of an error message: the known names, the nearest first.
+
+  Example:
+    >>> nearest('backporp', ['backprop', 'dfa'])
+    'did you mean `backprop`? Known: backprop, dfa'
+  """
+  known = list(known)
+  close = difflib.get_close_matches(name, known, n=2, cutoff=.5)
+  hint = f'did you mean {" or ".join(f"`{c}`" for c in close)}? ' if close else ''
+  return f'{hint}Known: {", ".join(known) or "none"}'
+
+
+def name_of(key_path: tuple[Any, ...]) -> str:
+  """A jax key path as names joined with `/`."""
+  return '/'.join(
+      str(getattr(k, 'key', getattr(k, 'name', getattr(k, 'idx', k))))
+      for k in key_path)
+
+
+def leaf_names(tree: Any) -> list[str]:
+  """The path of every leaf of `tree`, in the order of `jax.tree.leaves`."""
+  return [name_of(p) for p, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+
+
+def map_with_name(function, tree, *rest):
+  """`jax.tree.map` whose function gets the leaf's path as first argument."""
+  return jax.tree_util.tree_map_with_path(
+      lambda p, *leaves: function(name_of(p), *leaves), tree, *rest)
+
+
+def subtree(tree: Any, name: str) -> Any:
+  """The part of a nested dict under `name`, or None where there is none."""
+  for part in name.split('/') if name else ():
+    if not isinstance(tree, Mapping) or part not in tree:
+      return None
+    tree = tree[part]
+  return tree

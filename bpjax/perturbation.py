@@ -1,0 +1,287 @@
+"""The perturbation engine: learning from directional derivatives.
+
+Every module that owns parameters, norms included, puts a tangent on its output.
+One linearised forward pass gives the change of each example's loss along it,
+and each module's own, local VJP turns that into an update. No error travels
+backwards between modules: a barrier after each of them stops it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+import dataclasses
+from typing import Any
+
+from bpjax import base
+from bpjax import credit
+from bpjax import linen
+from bpjax import paths
+from bpjax import reduction as reduction_lib
+import jax
+import jax.numpy as jnp
+
+Directions = Callable[[base.Key, tuple[int, ...], Any], base.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+  """A learning rule of the perturbation engine.
+
+  Attributes:
+    name: the rule's name.
+    backward: `(unit, params, feedback, activations, signal) -> Credit` of one
+      unit, with `signal.teaching` the perturbation times the change of loss.
+    directions: `(key, shape, dtype) -> tangent`.
+    perturb: 'activity' (module outputs) or 'weight' (parameters).
+    samples: how many directions each update averages over.
+    exact_readout: whether the output unit keeps its own exact gradient.
+  """
+  name: str
+  backward: Callable[..., base.Credit]
+  directions: Directions
+  perturb: str
+  samples: int
+  exact_readout: bool
+
+  def init(self, key, net, variables, x) -> dict[str, Any]:
+    """The rule's feedback: none, {}. Checks that it can train the network."""
+    del key
+    self.check(net.survey(variables, x))
+    return {}
+
+  def check(self, survey: Any) -> None:
+    """Raises a ValueError for a network that the rule cannot train."""
+    credit.check_visible(survey)
+    for unit in survey.blocked:
+      raise ValueError(
+          f'a perturbation of unit `{unit}` cannot change the loss under '
+          f'`{self.name}`: an activation between it and the output has a '
+          'derivative that is zero everywhere (sign, round, a comparison); use '
+          'a smooth activation.')
+    credit.check_lists(survey, 'noise', f'rule `{self.name}`')
+
+  def trainable(self, feedback: base.Tree) -> base.Tree:
+    """A tree of bools for the feedback: empty, as the feedback is."""
+    return jax.tree.map(lambda _: False, feedback)
+
+  def units(self, net, variables, x) -> dict[str, str]:
+    """Unit -> the rule that trains it; also the parameters without a unit."""
+    units = net.survey(variables, x).units
+    trained = {}
+    for name, info in units.items():
+      exact = self.exact_readout and info.is_output
+      trained[name] = 'exact gradient (readout)' if exact else self.name
+    return trained | {p: self.name for p in units.exact}
+
+  def predict(self, net: linen.Network) -> Callable[..., Any]:
+    """`(variables, x) -> output` in evaluation mode."""
+    return net.apply
+
+  def bind(self, net: linen.Network) -> Callable[..., Any]:
+    """Raises: no function's reverse derivative is this rule."""
+    raise ValueError(
+        f'`bind` needs a rule that is linear in the error, and `{self.name}` '
+        'perturbs the forward pass; use `rule.value_and_grad(net, loss)`.')
+
+  def value_and_grad(
+      self, net: linen.Network, loss: base.Loss, *,
+      reduction: str | Mapping[str, str] = 'mean') -> Callable[..., Any]:
+    """As `bpjax.credit.Rule.value_and_grad`; `learn` needs a `key` here."""
+    reduction_lib.check(reduction)
+
+    def learn(variables, feedback, x, y, key=None):
+      value, aux, grads, count, _ = self.differentiate(
+          net, loss, variables, x, y, key)
+      grads, = reduction_lib.apply(reduction, (grads,), count)
+      return (value, aux), (grads, jax.tree.map(jnp.zeros_like, feedback))
+
+    return learn
+
+  def signals(self, net, loss, variables, feedback, x, y, key):
+    """As `bpjax.credit.Rule.signals`; a readout that is exact has none."""
+    del feedback
+    _, _, grads, count, signals = self.differentiate(
+        net, loss, variables, x, y, key)
+    return jax.tree.map(lambda g: g / count, grads), signals
+
+  def weight_targets(self, units, params, feedback):
+    """None: there is no feedback to align with."""
+    del units, params, feedback
+    return {}
+
+  def differentiate(self, net, loss, variables, x, y, key):
+    """The engine: one linearised forward pass, `samples` directions.
+
+    Returns:
+      value, aux, the summed updates, the number of losses, and the teaching
+      signals (a collection: the perturbation times the change of the loss at
+      every module's output).
+    """
+    if key is None:
+      raise ValueError(
+          f'`key` is needed: rule `{self.name}` draws its directions; pass '
+          '`key=jax.random.key(...)`.')
+    survey = net.survey(variables, x)
+    self.check(survey)
+    model_key, direction_key = credit.split(key)
+    plan = _Plan(self, net, survey, variables, x, model_key)
+    params = variables['params']
+
+    def forward(params, noise):
+      output, outputs, state = plan.run(params, noise)
+      losses = loss(output, y)
+      reduction_lib.check_losses(losses, output)
+      return (losses, outputs), (output, state)
+
+    def perturbed_forward(noise, perturbed):
+      # Reverse derivatives, cut off at the barriers, see each module's own
+      # parameters; forward ones see the noise and the perturbed parameters.
+      (losses, _), pull, aux = jax.vjp(
+          lambda p: forward({**p, **perturbed}, noise), plan.flat(params),
+          has_aux=True)
+      return losses, (losses, pull, aux)
+
+    losses, push, (_, pull, (output, state)) = jax.linearize(
+        perturbed_forward, plan.noise, plan.perturbed, has_aux=True)
+
+    def sample(key):
+      u, v = plan.draw(key)
+      change = push(u, v)
+      change = jnp.sum(change.reshape(change.shape[0], -1), axis=1)
+      teaching = plan.teaching(u, change)
+      grads, = pull((jnp.zeros_like(losses), teaching))
+      total = jnp.sum(change)
+      return {
+          **grads, **{k: total.astype(t.dtype) * t for k, t in v.items()}
+      }, teaching
+
+    if self.samples == 1:
+      grads, teaching = sample(direction_key)
+    else:
+      grads, teaching = jax.tree.map(
+          lambda g: jnp.mean(g, axis=0),
+          jax.vmap(sample)(jax.random.split(direction_key, self.samples)))
+    if self.exact_readout:
+      nothing = jax.tree.map(jnp.zeros_like, plan.noise)
+      exact, = pull((jnp.ones_like(losses), nothing))
+      grads = {k: exact[k] if plan.is_readout(k) else g
+               for k, g in grads.items()}
+    grads = jax.tree.unflatten(
+        jax.tree.structure(params), [grads[k] for k in plan.names])
+    return jnp.mean(losses), base.Aux(output, state), grads, losses.size, teaching
+
+
+class _Plan:
+  """Which module and which parameter is perturbed, for one shape of input.
+
+  `noise` holds a zero for each perturbed output, in a Flax collection: each
+  module reads its own and leaves its output in its place, so that the returned
+  collection has the same structure.
+  """
+
+  def __init__(self, rule, net, survey, variables, x, key):
+    self._rule, self._net, self._x, self._key = rule, net, x, key
+    self._state = {c: v for c, v in variables.items() if c != 'params'}
+    self._params = variables['params']
+    self._readout = next(
+        (n for n, i in survey.units.items() if i.is_output), None)
+    self._coupled = bool(survey.batch_coupled)
+    self._owners = set()
+    batch = jax.tree.leaves(x)[0].shape[0]
+    shapes = self._noise_shapes(x)
+    larger = self._noise_shapes(jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct((batch + 1, *a.shape[1:]), a.dtype), x))
+    self._batch_axes = jax.tree.map(
+        lambda a, b: next(
+            (i for i, sizes in enumerate(zip(a.shape, b.shape))
+             if sizes == (batch, batch + 1)), -1), shapes, larger)
+    self.noise = jax.tree.map(credit.zeros_like_output, shapes)
+    self.names = paths.leaf_names(self._params)
+    # What no perturbed output can teach is perturbed itself.
+    self.perturbed = {
+        k: p for k, p in self.flat(self._params).items()
+        if not self.is_readout(k) and (
+            rule.perturb == 'weight'
+            or k.rpartition('/')[0] not in self._owners)}
+
+  def flat(self, params):
+    return dict(zip(self.names, jax.tree.leaves(params)))
+
+  def is_readout(self, name):
+    return self._rule.exact_readout and self._readout is not None and (
+        self._readout == '' or name == self._readout
+        or name.startswith(self._readout + '/'))
+
+  def run(self, params, noise):
+    """The model's output, each perturbed output, and the model's state."""
+
+    def visit(call):
+      out = call.original()
+      if call.name not in self._owners or self.is_readout(call.name):
+        return out
+      zero = call.read('noise', 'call')
+      if zero is None:  # Weights are perturbed, and their updates need no VJP.
+        return out
+      call.write('noise', out, 'call')
+      return _barrier(out) + zero
+
+    params = jax.tree.unflatten(
+        jax.tree.structure(self._params), [params[k] for k in self.names])
+    output, collections = self._net.run(
+        {'params': params, 'noise': noise, **self._state}, self._x, visit,
+        self._key, [*self._state, 'noise'], owners=True)
+    state = {c: collections[c] for c in self._state}
+    return output, collections.get('noise', {}), state
+
+  def draw(self, key):
+    """Tangents for the noise and for the perturbed parameters."""
+    leaves, structure = jax.tree.flatten((self.noise, self.perturbed))
+    keys = jax.random.split(key, max(len(leaves), 1))
+    return jax.tree.unflatten(structure, [
+        self._rule.directions(k, leaf) for k, leaf in zip(keys, leaves)])
+
+  def teaching(self, u, change):
+    """The perturbation times the change of loss: of its example, or of all."""
+    total = jnp.sum(change)
+
+    def multiply(u, axis):
+      if axis < 0 or self._coupled:
+        return u * total.astype(u.dtype)
+      shape = [1] * u.ndim
+      shape[axis] = -1
+      return u * change.astype(u.dtype).reshape(shape)
+
+    return jax.tree.map(multiply, u, self._batch_axes)
+
+  def _noise_shapes(self, x):
+    """The shape of every output to perturb; notes the modules seen."""
+
+    def visit(call):
+      out = call.original()
+      if hasattr(out, 'dtype') and jnp.issubdtype(out.dtype, jnp.inexact):
+        self._owners.add(call.name)
+        if self._rule.perturb == 'activity' and not self.is_readout(call.name):
+          call.write('noise', jnp.zeros_like(out), 'call')
+      return out
+
+    def trace(params, state, x, key):
+      return self._net.run(
+          {'params': params, **state}, x, visit, key, [*state, 'noise'],
+          owners=True)[1].get('noise', {})
+
+    return jax.eval_shape(trace, self._params, self._state, x, self._key)
+
+
+@jax.custom_vjp
+def _barrier(x: base.Array) -> base.Array:
+  """Passes tangents on, and lets no cotangent back."""
+  return x
+
+
+_barrier.defvjp(lambda x: (x, x), lambda x, _: (jnp.zeros_like(x),))
+
+
+def sharding(x: base.Array) -> Any:
+  """The mesh axes of `x` where they are explicit, else None."""
+  own = jax.typeof(x).sharding
+  return own if own.mesh._any_axis_explicit else None  # pylint: disable=protected-access

@@ -1,0 +1,87 @@
+"""Forward gradient: learning from directional derivatives, without a way back.
+
+Gradients without backpropagation, Baydin, Pearlmutter, Syme, Wood and Torr,
+2022 (https://arxiv.org/abs/2202.08587); Scaling forward gradient with local
+losses, Ren, Kornblith, Liao and Hinton, ICLR 2023
+(https://arxiv.org/abs/2210.03310).
+"""
+
+from bpjax import base
+from bpjax import perturbation
+import jax
+
+
+def forward_gradient(
+    perturb: str = 'activity', directions: str = 'gaussian', samples: int = 1,
+    exact_readout: bool = True) -> perturbation.Rule:
+  r"""Forward gradient: perturb, see how the loss changes, step along it.
+
+  Activity: each example n gets a random direction :math:`u_{n,l}` at the output
+  of every module l, and one forward pass gives the change of its loss along all
+  of them together,
+
+  .. math::
+    s_n = \sum_l \nabla_{z_l} \ell_n \cdot u_{n,l}, \qquad
+    \hat g(W_l) = \frac1N \sum_n h_{n,l-1}^T (s_n u_{n,l})
+
+  Weight: one direction v over all parameters,
+  :math:`\hat g = (\nabla L \cdot v)\, v`. Both are unbiased for the gradient;
+  the variance of the first grows with the number of perturbed units, that of
+  the second with the number of weights. Norms are perturbed as well, so that
+  their scales learn. A parameter that no module's output can teach (a raw
+  `self.param` beside submodules) is perturbed itself, in both modes.
+
+  BatchNorm in training makes an example's loss depend on the others, so that
+  `s_n` of one example would be biased: the sum over the batch is used for every
+  example then, which is exact and has about N times the variance; prefer
+  LayerNorm or GroupNorm here.
+
+  Tried: Adam, learning rate 1e-3, activity, on MNIST with two layers of 256.
+  Rademacher directions are faster on a CPU and have slightly less variance.
+  What fails: wide or deep nets without local losses, and 'weight' on anything
+  but small ones.
+
+  Args:
+    perturb: 'activity' or 'weight'.
+    directions: 'gaussian' or 'rademacher' (entries +-1).
+    samples: number of directions to average over; one forward pass all the
+      same, whose linear map is applied to each.
+    exact_readout: the output unit takes its own exact gradient, which is local,
+      and is not perturbed.
+
+  Returns:
+    A rule without feedback; `learn` needs a `key`.
+
+  Raises:
+    ValueError: for another value of an argument.
+
+  Example:
+    >>> import bpjax
+    >>> rule = bpjax.rules.forward_gradient(directions='rademacher')
+  """
+  if perturb not in ('activity', 'weight'):
+    raise ValueError(
+        f"`perturb` must be 'activity' or 'weight', got {perturb!r}.")
+  if directions not in ('gaussian', 'rademacher'):
+    raise ValueError(
+        f"`directions` must be 'gaussian' or 'rademacher', got {directions!r}.")
+  if isinstance(samples, bool) or samples != int(samples) or samples < 1:
+    raise ValueError(
+        f'`samples` must be a whole number of at least 1, got {samples}.')
+  draw = dict(gaussian=jax.random.normal, rademacher=jax.random.rademacher)
+
+  def direction(key, leaf):
+    return draw[directions](
+        key, leaf.shape, leaf.dtype, out_sharding=perturbation.sharding(leaf))
+
+  def backward(unit, params, feedback, activations, signal):
+    """A unit's own VJP: `signal.teaching` is the perturbation times `s_n`."""
+    del feedback
+    delta = unit.delta(params, activations, signal.teaching)
+    return base.Credit(
+        params=unit.params_vjp(params, activations, delta),
+        inputs=(None,) * len(activations.inputs))
+
+  return perturbation.Rule(
+      name='forward_gradient', backward=backward, directions=direction,
+      perturb=perturb, samples=int(samples), exact_readout=exact_readout)

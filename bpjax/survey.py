@@ -1,0 +1,237 @@
+"""What there is to know of a network before any data: traced, never computed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+import dataclasses
+from typing import Any
+
+from bpjax import base
+from bpjax import paths
+import flax.linen as nn
+import jax
+from jax.ad_checkpoint import checkpoint_name
+from jax.interpreters import partial_eval
+import jax.numpy as jnp
+
+_MARK = 'bpjax:'
+_COLLECTIONS = ('feedback', 'ports', 'noise', 'probes')
+_POSITIONWISE = ('Dense', 'DenseGeneral')
+
+
+class Units(dict[str, base.UnitInfo]):
+  """Name -> `UnitInfo`, in the order of the calls.
+
+  Attributes:
+    exact: the paths of the parameters that no unit owns.
+  """
+
+  def __init__(self, units: Mapping[str, base.UnitInfo], exact: tuple[str, ...]):
+    super().__init__(units)
+    self.exact = exact
+
+  def __repr__(self):
+    rows = [
+        f'{name or "(root)"}: {info.kind} {info.inputs[0].shape} -> '
+        f'{info.out.shape}' for name, info in self.items()]
+    rows += [f'{name}: no unit, exact gradient' for name in self.exact]
+    return '\n'.join(rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class Survey:
+  """The result of `take`.
+
+  Attributes:
+    units: the units of the model, and the parameters that none owns.
+    output: shape and dtype of the model's output.
+    lacks: unit -> the collections that cannot be kept there because the
+      model's own `nn.scan` does not list them (`rule` stands for the random
+      stream).
+    jitted: the units inside `nn.jit`.
+    blocked: the units that the output depends on and that no error can reach,
+      since a derivative on the way is zero everywhere.
+    batch_coupled: the modules that normalise over the batch in training.
+  """
+  units: Units
+  output: Any
+  lacks: Mapping[str, tuple[str, ...]]
+  jitted: tuple[str, ...]
+  blocked: tuple[str, ...]
+  batch_coupled: tuple[str, ...]
+
+
+def take(net: Any, variables: Mapping[str, Any], x: Any) -> Survey:
+  """Surveys a network for inputs of the shape of `x`.
+
+  Args:
+    net: the `Network`.
+    variables: its variables (only shapes matter).
+    x: its input.
+
+  Returns:
+    A `Survey`.
+
+  Raises:
+    ValueError: if the model has no batch axis, or a unit cannot be split.
+  """
+  notes = {}
+  batch_coupled = {}
+
+  def watch(module, args, kwargs):
+    if isinstance(module, nn.BatchNorm) and not _uses_running_average(
+        module, args, kwargs):
+      batch_coupled['/'.join(module.scope.path)] = True
+
+  def forward(variables, x, visit):
+    state = [c for c in variables if c != 'params']
+    output, _ = net.run(
+        variables, x, visit, jax.random.key(0), [*state, *_COLLECTIONS],
+        watch=watch)
+    return output
+
+  def plain(variables, x):
+    return forward(variables, x, lambda call: _note(call, notes))
+
+  def taught(variables, x):
+    def function(params):
+      output = forward(
+          {**variables, 'params': params}, x, lambda call: _tap(call, notes))
+      return [o for o in jax.tree.leaves(output)
+              if jnp.issubdtype(o.dtype, jnp.inexact)]
+    outputs, pull = jax.vjp(function, variables['params'])
+    pull([jnp.ones_like(o) for o in outputs])
+    return outputs
+
+  jaxpr, output = jax.make_jaxpr(plain, return_shape=True)(variables, x)
+  jax.eval_shape(taught, variables, x)
+  marks = list(_marks(jaxpr.jaxpr))
+  alive, _ = partial_eval.dce_jaxpr(
+      jaxpr.jaxpr, [True] * len(jaxpr.jaxpr.outvars))
+  used = {name for name, _ in _marks(alive)}
+  detached = 'stop_gradient' in set(_primitives(jaxpr.jaxpr))
+
+  order = list(dict.fromkeys(name for name, _ in marks))
+  last = marks[-1][0] if marks else None
+  units = {
+      name: _info(name, notes[name], output, name == last,
+                  sum(n == name for n, _ in marks)) for name in order}
+  owned = lambda path: any(
+      name == '' or path.startswith(name + '/') for name in units)
+  exact = tuple(
+      p for p in paths.leaf_names(variables['params']) if not owned(p))
+  return Survey(
+      units=Units(units, exact),
+      output=output,
+      lacks={n: notes[n]['lacks'] for n in units if notes[n]['lacks']},
+      jitted=tuple(dict.fromkeys(name for name, jitted in marks if jitted)),
+      blocked=() if detached else tuple(
+          n for n in units if n in used and not notes[n].get('taught')),
+      batch_coupled=tuple(batch_coupled))
+
+
+def _note(call, notes):
+  """Runs a unit, writes down its shapes and marks it in the jaxpr."""
+  unit = call.unit
+  pre, out = unit(call.params, call.inputs)
+  lacks = [c for c in _COLLECTIONS if not call.can_hold(c)]
+  notes[call.name] = {
+      'unit': unit,
+      'kind': type(unit.affine_module).__name__,
+      'inputs': tuple(map(_shape, call.inputs)),
+      'pre': _shape(pre), 'out': _shape(out),
+      'params': jax.tree.map(_shape, call.params),
+      'lacks': tuple(lacks + ([] if call.has_key() else ['rule'])),
+  }
+  return checkpoint_name(out, _MARK + call.name)
+
+
+def _tap(call, notes):
+  """Runs a unit and writes down what reaches it, and whether it may send."""
+  note = notes[call.name]
+
+  @jax.custom_vjp
+  def tap(params, inputs):
+    return call.unit(params, inputs)[1]
+
+  def forward(params, inputs):
+    leaves = jax.tree.leaves(inputs, is_leaf=lambda p: hasattr(p, 'perturbed'))
+    note['sends'] = note.get('sends', False) or any(p.perturbed for p in leaves)
+    strip = lambda tree: jax.tree.map(
+        lambda p: p.value, tree, is_leaf=lambda p: hasattr(p, 'perturbed'))
+    params, inputs = strip(params), strip(inputs)
+    return tap(params, inputs), (params, inputs)
+
+  def backward(residuals, teaching):
+    del teaching
+    note['taught'] = True
+    return jax.tree.map(_zero_cotangent, residuals)
+
+  tap.defvjp(forward, backward, symbolic_zeros=True)
+  return tap(call.params, call.inputs)
+
+
+def _info(name, note, output, is_output, calls):
+  cls = note['kind']
+  positionwise = any(
+      c.__name__ in _POSITIONWISE
+      for c in type(note['unit'].affine_module).__mro__)
+  ndim = len(note['inputs'][0].shape)
+  features = ndim - 1
+  if positionwise:
+    features = _contracted_axes(note['unit'].affine_module, ndim)
+  return base.UnitInfo(
+      name=name, kind=cls, inputs=note['inputs'], pre=note['pre'],
+      out=note['out'], params=note['params'], net_output=output,
+      is_output=is_output, sends=note.get('sends', False),
+      taught=note.get('taught', False), calls=calls,
+      positionwise=positionwise, feature_axes=features)
+
+
+def _contracted_axes(module, ndim):
+  """How many trailing axes a dense operation contracts; all if not trailing."""
+  axis = getattr(module, 'axis', -1)
+  axes = sorted(a % ndim for a in (axis if isinstance(axis, tuple) else (axis,)))
+  trailing = axes == list(range(ndim - len(axes), ndim))
+  return len(axes) if trailing else ndim - 1
+
+
+def _uses_running_average(module, args, kwargs):
+  given = kwargs.get(
+      'use_running_average', args[1] if len(args) > 1 else None)
+  own = module.use_running_average
+  return bool(own if given is None else given)
+
+
+def _shape(x):
+  return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def _zero_cotangent(x):
+  return jnp.zeros_like(x) if jnp.issubdtype(x.dtype, jnp.inexact) else None
+
+
+def _inner(eqn):
+  for value in eqn.params.values():
+    for item in value if isinstance(value, (tuple, list)) else (value,):
+      item = getattr(item, 'jaxpr', item)
+      if hasattr(item, 'eqns'):
+        yield item
+
+
+def _marks(jaxpr, jitted=False):
+  """(unit, whether inside a jit) for every unit's call, in program order."""
+  for eqn in jaxpr.eqns:
+    name = eqn.params.get('name')
+    if eqn.primitive.name == 'name' and str(name).startswith(_MARK):
+      yield name.removeprefix(_MARK), jitted
+    for inner in _inner(eqn):
+      yield from _marks(
+          inner, jitted or eqn.primitive.name in ('jit', 'pjit'))
+
+
+def _primitives(jaxpr):
+  for eqn in jaxpr.eqns:
+    yield eqn.primitive.name
+    for inner in _inner(eqn):
+      yield from _primitives(inner)

@@ -1,0 +1,166 @@
+"""Forward gradient: unbiased, with the variance of the formula, on any model."""
+
+from absl.testing import parameterized
+import bpjax
+from bpjax import credit
+import flax.linen as nn
+import float64
+import jax
+import jax.numpy as jnp
+import numpy as np
+import reference
+import zoo
+
+LOSS = bpjax.losses.softmax_cross_entropy
+
+
+def draws(rule, net, variables, x, y, count, loss=LOSS):
+  """`count` independent updates, stacked."""
+  learn = rule.value_and_grad(net, loss)
+  keys = jax.random.split(jax.random.key(17), count)
+  one = lambda key: learn(variables, {}, x, y, key=key)[1][0]
+  return jax.jit(lambda keys: jax.lax.map(one, keys, batch_size=200))(keys)
+
+
+class UnbiasedTest(float64.Float64TestCase):
+
+  @parameterized.parameters(
+      ('plain', dict()), ('plain', dict(directions='rademacher')),
+      ('plain', dict(perturb='weight')), ('plain', dict(exact_readout=False)),
+      ('plain', dict(samples=3)), ('conv_batch_norm', dict()),
+      ('residual', dict(directions='rademacher')), ('encoder', dict()),
+      ('remat', dict()), ('scan', dict()), ('stack', dict()))
+  def test_mean_is_the_gradient(self, name, arguments):
+    model, x, y = zoo.inputs(name, batch=3)
+    if name == 'conv_batch_norm':
+      model = zoo.ConvBatchNorm(dropout=0.)
+    net, variables, x = float64.setup(model, x)
+    _, (exact, _) = zoo.learn(bpjax.rules.backprop(), net, LOSS)(
+        variables, {}, x, y)
+    rule = bpjax.rules.forward_gradient(**arguments)
+    updates = draws(rule, net, variables, x, y, 4000)
+    # Along fixed random directions, so that few tests stand for all entries.
+    for i in range(4):
+      key = jax.random.key(i)
+      for leaf, expected in zip(jax.tree.leaves(updates), jax.tree.leaves(exact)):
+        key, draw = jax.random.split(key)
+        along = jax.random.normal(draw, expected.shape)
+        values = jnp.tensordot(leaf, along, expected.ndim)
+        error = values.mean() - jnp.vdot(expected, along)
+        bound = 4.5 * values.std() / np.sqrt(len(values))
+        self.assertLessEqual(abs(error), bound + 1e-12)
+
+  def test_readout_is_exact(self):
+    model, x, y = zoo.inputs('encoder')
+    net, variables, x = float64.setup(model, x)
+    _, (exact, _) = zoo.learn(bpjax.rules.backprop(), net, LOSS)(
+        variables, {}, x, y)
+    for perturb in ('activity', 'weight'):
+      rule = bpjax.rules.forward_gradient(perturb=perturb)
+      _, (grads, _) = zoo.learn(rule, net, LOSS)(
+          variables, {}, x, y, key=jax.random.key(1))
+      self.assert_close(grads['Dense_4'], exact['Dense_4'], 1e-14)
+      self.assertGreater(
+          jnp.abs(grads['Dense_0']['kernel'] - exact['Dense_0']['kernel']).max(),
+          1e-3)
+
+
+class VarianceTest(float64.Float64TestCase):
+  """Ren et al. 2023, table 1: shared weight and independent activity noise."""
+
+  def setUp(self):
+    super().setUp()
+    self.x = jax.random.normal(jax.random.key(3), (6, 5), jnp.float64)
+    self.y = jnp.arange(6) % 4
+    model = nn.Dense(4, use_bias=False)
+    self.net, self.variables, _ = float64.setup(model, self.x)
+    errors = jax.grad(lambda out: LOSS(out, self.y).sum())(
+        self.net.apply(self.variables, self.x))
+    self.per_example = np.einsum('np,nq->npq', self.x, errors)
+
+  def measured(self, **arguments):
+    rule = bpjax.rules.forward_gradient(exact_readout=False, **arguments)
+    updates = draws(rule, self.net, self.variables, self.x, self.y, 60_000)
+    return float(jnp.mean(jnp.var(updates['kernel'], axis=0)))
+
+  @parameterized.parameters('gaussian', 'rademacher')
+  def test_activity(self, directions):
+    expected = reference.forward_gradient_variance_activity(
+        self.per_example, directions)
+    if directions == 'gaussian':  # (q + 1)/N times the mean square.
+      self.assertAlmostEqual(
+          expected, (4 + 1) / 6 * np.mean(self.per_example**2), 12)
+    ratio = self.measured(directions=directions) / expected
+    self.assertBetween(ratio, .97, 1.03)
+
+  @parameterized.parameters('gaussian', 'rademacher')
+  def test_weight(self, directions):
+    expected = reference.forward_gradient_variance_weight(
+        self.per_example, directions)
+    if directions == 'gaussian':  # (pq + 1) times the square of the mean.
+      self.assertAlmostEqual(
+          expected, (20 + 1) * np.mean(self.per_example.mean(0)**2), 12)
+    ratio = self.measured(directions=directions, perturb='weight') / expected
+    self.assertBetween(ratio, .96, 1.04)
+
+  def test_samples_divide_it(self):
+    one = self.measured(directions='rademacher')
+    four = self.measured(directions='rademacher', samples=4)
+    self.assertBetween(one / four, 3.85, 4.15)
+
+
+class EngineTest(float64.Float64TestCase):
+
+  def test_update_is_the_local_vjp_of_the_teaching_signal(self):
+    model, x, y = zoo.inputs('plain')
+    net, variables, x = float64.setup(model, x)
+    rule = bpjax.rules.forward_gradient()
+    key = jax.random.key(1)
+    grads, signals = rule.signals(net, LOSS, variables, {}, x, y, key)
+    taught = np.asarray(signals['Dense_0']['call_0'])
+    np.testing.assert_allclose(
+        grads['Dense_0']['kernel'], x.T @ taught / len(x), atol=1e-14)
+    # The signal is u times one number an example: recover it by the reference.
+    expected = reference.forward_gradient_activity
+    keys = credit.split(key)[1]
+    noise = [rule.directions(k, jnp.zeros(s, jnp.float64)) for k, s in zip(
+        jax.random.split(keys, 2), ((5, 6), (5, 5)))]
+    self.assert_close(
+        grads, expected(
+            jax.tree.map(np.asarray, variables['params']),
+            {'Dense_0': np.asarray(noise[0]), 'Dense_1': np.asarray(noise[1])},
+            np.asarray(x), np.asarray(y), 'tanh', 'cross_entropy'), 1e-13)
+
+  def test_samples_are_one_forward_pass(self):
+    model, x, y = zoo.inputs('plain')
+    net, variables, x = float64.setup(model, x)
+
+    def tanhs(samples):
+      rule = bpjax.rules.forward_gradient(samples=samples)
+      jaxpr = jax.make_jaxpr(lambda v, x: zoo.learn(rule, net, LOSS)(
+          v, {}, x, y, key=jax.random.key(1)))(variables, x)
+      return str(jaxpr).count('= tanh ')
+
+    self.assertEqual(tanhs(1), 2)
+    self.assertEqual(tanhs(8), 2)
+
+  def test_backward_is_the_units_own_vjp(self):
+    model, x, y = zoo.inputs('plain')
+    net, variables, x = float64.setup(model, x)
+    rule = bpjax.rules.forward_gradient()
+    signal = jax.random.normal(jax.random.key(2), (5, 6), jnp.float64)
+    seen = []
+
+    def visit(call):
+      pre, out = call.unit(call.params, call.inputs)
+      if call.name == 'Dense_0':
+        seen.append(rule.backward(
+            call.unit, call.params, {},
+            bpjax.Activations(call.inputs, pre, out),
+            bpjax.Signal(signal, None, None)))
+      return out
+
+    net.run(variables, x, visit, None, [])
+    np.testing.assert_allclose(
+        seen[0].params['kernel'], x.T @ signal, atol=1e-14)
+    self.assertEqual(seen[0].inputs, (None,))

@@ -13,6 +13,9 @@ Key = jax.Array
 Tree = Any
 Loss = Callable[[Any, Any], Array]
 
+# What the engines keep in Flax collections beside the model's own.
+COLLECTIONS = ('feedback', 'ports', 'noise', 'probes')
+
 
 class Activations(NamedTuple):
   """What one unit saw and made on the way forward.
@@ -110,6 +113,21 @@ class UnitInfo:
   feature_axes: int
 
 
+class Delta(NamedTuple):
+  """A signal before the unit's activation, and what the activation itself owns.
+
+  Attributes:
+    pre: the signal at the affine operation's output, in the shape of `pre`.
+    params: the activation's own exact parameter updates (a norm's scale inside
+      the unit, say), or None.
+    inputs: what passes the affine operation by (a skip connection inside the
+      unit), one entry per input, or None.
+  """
+  pre: Array
+  params: Tree | None = None
+  inputs: tuple[Array | None, ...] | None = None
+
+
 class Unit(Protocol):
   """The smallest piece whose backward pass a rule replaces.
 
@@ -138,24 +156,6 @@ class Unit(Protocol):
       self, params: Tree, weights: Tree, activations: Activations,
       delta: Delta) -> tuple[Array | None, ...]:
     """The VJP with respect to the inputs, with `weights` for the parameters."""
-
-  def draw(self, key: Key) -> Tree:
-    """Fresh parameters from the model's own initialisers."""
-
-
-class Delta(NamedTuple):
-  """A signal before the unit's activation, and what the activation itself owns.
-
-  Attributes:
-    pre: the signal at the affine operation's output, in the shape of `pre`.
-    params: the activation's own exact parameter updates (a norm's scale inside
-      the unit, say), or None.
-    inputs: what passes the affine operation by (a skip connection inside the
-      unit), one entry per input, or None.
-  """
-  pre: Array
-  params: Tree | None = None
-  inputs: tuple[Array | None, ...] | None = None
 
 
 class Alignment(NamedTuple):

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 SHARED = '_shared'  # Key of the feedback that no single unit owns.
-_OWN = ('params', 'feedback', 'ports', 'noise', 'probes')
+_OWN = ('params', *base.COLLECTIONS)
 
 
 def no_feedback(key: base.Key, info: base.UnitInfo, params: base.Tree) -> None:
@@ -430,7 +430,7 @@ def _unlisted(unit, collection, who):
   return (
       f'unit `{unit}` is inside an `nn.scan` (or another lifted transform) that '
       f'does not pass on `{collection}`, which {who} needs there; add {where} '
-      'to it.')
+      "to it (where it broadcasts 'params', broadcast 'feedback', too).")
 
 
 def _check_unit(name, info, label, rule, survey):

@@ -13,7 +13,6 @@ import itertools
 from typing import Any
 
 from bpjax import base
-from bpjax import paths
 from bpjax import survey as survey_lib
 import flax
 import flax.linen as nn
@@ -285,6 +284,13 @@ class LinenUnit:
     self.info: base.UnitInfo | None = None
     self.owns_activation = not isinstance(module, _AFFINE)
     self.affine_module = module
+    state = sorted(set(module.variables) - {'params', *base.COLLECTIONS})
+    if self.owns_activation and state:
+      raise ValueError(
+          f'`is_unit` chose `{"/".join(module.scope.path)}`, which holds '
+          f'{state} (BatchNorm does): a unit is a pure function of its '
+          'parameters and inputs; use LayerNorm or GroupNorm, or keep the norm '
+          'outside the unit.')
 
   def _apply(self, params, inputs, replacement=None):
     """The module's output, and its affine child's; see `activation`."""
@@ -354,13 +360,6 @@ class LinenUnit:
       return sent
     return tuple(
         None if a is None else a + b for a, b in zip(sent, delta.inputs))
-
-  def draw(self, key):
-    inputs = [jnp.zeros(s.shape, s.dtype) for s in self.info.inputs]
-    args, kwargs = self._arguments(inputs)
-    with self._suspend():
-      variables = self._module.init(key, *args, **kwargs)
-    return nn.meta.unbox(variables['params'])
 
 
 def as_inputs(x: Any) -> tuple[Any, ...]:

@@ -15,7 +15,6 @@ from jax.interpreters import partial_eval
 import jax.numpy as jnp
 
 _MARK = 'bpjax:'
-_COLLECTIONS = ('feedback', 'ports', 'noise', 'probes')
 _POSITIONWISE = ('Dense', 'DenseGeneral')
 
 
@@ -86,7 +85,7 @@ def take(net: Any, variables: Mapping[str, Any], x: Any) -> Survey:
   def forward(variables, x, visit):
     state = [c for c in variables if c != 'params']
     output, _ = net.run(
-        variables, x, visit, jax.random.key(0), [*state, *_COLLECTIONS],
+        variables, x, visit, jax.random.key(0), [*state, *base.COLLECTIONS],
         watch=watch)
     return output
 
@@ -134,7 +133,7 @@ def _note(call, notes):
   """Runs a unit, writes down its shapes and marks it in the jaxpr."""
   unit = call.unit
   pre, out = unit(call.params, call.inputs)
-  lacks = [c for c in _COLLECTIONS if not call.can_hold(c)]
+  lacks = [c for c in base.COLLECTIONS if not call.can_hold(c)]
   notes[call.name] = {
       'unit': unit,
       'kind': type(unit.affine_module).__name__,

@@ -50,6 +50,27 @@ class UnbiasedTest(float64.Float64TestCase):
         bound = 4.5 * values.std() / np.sqrt(len(values))
         self.assertLessEqual(abs(error), bound + 1e-12)
 
+  def test_batch_norm_couples_the_examples(self):
+
+    class Net(nn.Module):
+
+      @nn.compact
+      def __call__(self, x, train: bool = False):
+        x = nn.BatchNorm(use_running_average=not train)(nn.Dense(3)(x))
+        return nn.Dense(3)(nn.tanh(x))
+
+    x = jax.random.normal(jax.random.key(3), (3, 4), jnp.float64)
+    y = jnp.arange(3)
+    net, variables, x = float64.setup(Net(), x)
+    self.assertEqual(net.survey(variables, x).batch_coupled, ('BatchNorm_0',))
+    _, (exact, _) = zoo.learn(bpjax.rules.backprop(), net)(variables, {}, x, y)
+    rule = bpjax.rules.forward_gradient(directions='rademacher')
+    updates = draws(rule, net, variables, x, y, 40_000)
+    mean, exact = updates['Dense_0']['kernel'].mean(0), exact['Dense_0']['kernel']
+    # The change of an example's own loss alone would miss by tens of percent.
+    self.assertLess(
+        jnp.linalg.norm(mean - exact) / jnp.linalg.norm(exact), .06)
+
   def test_readout_is_exact(self):
     model, x, y = zoo.inputs('encoder')
     net, variables, x = float64.setup(model, x)

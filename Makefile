@@ -1,0 +1,30 @@
+# Two commands on a fresh machine with Python 3.11 or newer: `make run`, `make test`.
+PYTHON ?= $(shell command -v python3.12 || command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+RULES := backprop,feedback_alignment,direct_feedback_alignment,kolen_pollack,forward_gradient
+
+.PHONY: run test clean
+
+run: $(VENV)/installed
+	$(BIN)/python -m experiments.sweep \
+	    --config=experiments/configs/quickstart.py \
+	    --workdir=runs/quickstart --grid='rule=$(RULES)'
+	$(BIN)/python scripts/plot_alignment.py runs/quickstart
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest -q -n 2 --dist=worksteal -rs
+
+# pyenv's shims exist for versions that are not selected: ask each to answer.
+$(VENV)/installed: setup.cfg pyproject.toml
+	@for python in $(PYTHON) python3.12 python3.11 python3; do \
+	  if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	      2>/dev/null; then \
+	    exec $$python -m venv $(VENV); fi; done; \
+	  echo 'error: Python 3.11 or newer is needed; name one with' \
+	      'make PYTHON=...' >&2; exit 1
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs

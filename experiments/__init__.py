@@ -1,0 +1,1 @@
+"""Launchers: train, sweep and evaluate the rules of bpjax on real data."""

@@ -1,0 +1,313 @@
+"""What a run is told: every field, its default, and the command line for it.
+
+A config file is a Python file with `get_config()` that starts from `default()`
+and changes what it needs. On the command line, `--config.FIELD=VALUE` overrides
+a field; `rule_args`, `model_args` and `mesh` take new keys as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import copy
+import inspect
+import json
+import math
+import os
+import re
+from typing import Any
+
+from absl import flags
+from bpjax import paths
+import ml_collections
+from ml_collections import config_flags
+
+LOSSES = ('cross_entropy', 'squared_error')
+OPTIMIZERS = ('sgd', 'momentum', 'nesterov', 'adam', 'adamw', 'rmsprop')
+SCHEDULES = ('constant', 'cosine', 'linear')
+_FREE = ('rule_args', 'model_args', 'mesh')  # Fields that take new keys.
+_CHOICES = {
+    'loss': LOSSES,
+    'reduction': ('mean', 'sum'),
+    'optimizer': OPTIMIZERS,
+    'feedback_optimizer': ('', *OPTIMIZERS),
+    'schedule': SCHEDULES,
+}
+_AT_LEAST = {
+    'alignment_every': 0, 'batch_size': 1, 'checkpoint_every': 0,
+    'clip_norm': 0, 'epochs': 1, 'eval_batch_size': 1,
+    'feedback_learning_rate': 0, 'keep_checkpoints': 1, 'learning_rate': 0,
+    'log_every': 0, 'momentum': 0, 'seed': 0, 'steps_per_call': 0,
+    'train_examples': 0, 'validation': 0, 'warmup_epochs': 0,
+    'weight_decay': 0,
+}
+
+
+def default() -> ml_collections.ConfigDict:
+  """The config that every config file starts from; the fields are these.
+
+  Example:
+    >>> config = default()
+    >>> config.rule, config.learning_rate = 'kolen_pollack', 3e-4
+  """
+  config = ml_collections.ConfigDict()
+  # What is trained, how it learns, and on what.
+  config.rule = 'backprop'  # A name of bpjax.rules.names().
+  config.rule_args = {}  # The rule's own arguments: rule_args.scale = .5.
+  config.model = 'mlp'  # A name of bpjax.models.names().
+  config.model_args = {}  # The model's own arguments: model_args.widths = ...
+  config.dataset = 'digits'  # 'digits', or the name of a TFDS data set.
+  config.data_dir = ''  # The TFDS directory; '': the variable TFDS_DATA_DIR.
+  config.validation = 0  # Training examples set apart for validation.
+  config.train_examples = 0  # Use only so many training examples; 0: all.
+
+  # The optimisation. A weight decay w shrinks every parameter, and feedback
+  # that is trained, at every step: by `learning_rate * w` of itself under
+  # adamw, by `w` of itself (after the learning rate, which Kolen-Pollack's law
+  # needs) under all others.
+  config.epochs = 10
+  config.batch_size = 128  # Over all devices; an epoch's remainder is dropped.
+  config.loss = 'cross_entropy'  # Or 'squared_error', on one-hot labels.
+  config.reduction = 'mean'  # 'sum': updates are not divided by the batch size.
+  # Pairs (path pattern, 'mean' or 'sum') that come before `reduction`.
+  config.reduction_by_path = ()
+  # Path patterns of parameters and feedback that keep their first values.
+  config.frozen = ()
+  config.optimizer = 'adam'  # sgd, momentum, nesterov, adam, adamw, rmsprop.
+  config.learning_rate = 1e-3
+  config.schedule = 'constant'  # 'cosine' or 'linear': to 0 at the end.
+  config.warmup_epochs = 0.  # The rate rises linearly from 0 over these.
+  config.momentum = .9  # Of momentum and nesterov.
+  config.weight_decay = 0.
+  config.clip_norm = 0.  # Largest norm of all updates together; 0: any.
+  config.feedback_optimizer = ''  # Of feedback that is trained; '': the same.
+  config.feedback_learning_rate = 0.  # Of that optimizer; 0: learning_rate.
+  config.seed = 0  # Of everything random: initialisation, order, noise.
+
+  # What is recorded. Steps, except for keep_checkpoints.
+  config.eval_batch_size = 1000
+  config.log_every = 0  # A line of training loss; 0: at every epoch's end.
+  config.alignment_every = 0  # Alignment with backprop; 0: never.
+  config.checkpoint_every = 0  # 0: at every epoch's end.
+  config.keep_checkpoints = 2
+
+  # The devices.
+  config.steps_per_call = 0  # Steps per dispatch (1 for streams); 0: chosen.
+  config.mesh = {'data': -1}  # Axis -> devices; -1: all that are left.
+  # Pairs (path pattern, partition spec) for parameters and feedback, such as
+  # (('*/kernel', (None, 'model')), ('*', ())). The first that matches wins, and
+  # every parameter has to be matched; a pattern may start with 'params/' or
+  # 'feedback/'. Empty: every device holds everything.
+  config.sharding = ()
+
+  config.lock()
+  for field in _FREE:
+    config[field].unlock()
+  return config
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+  """Raises ValueError for a value that no run can have."""
+  for field, known in _CHOICES.items():
+    if config[field] not in known:
+      raise ValueError(
+          f'`{field}` must be one of its names, got {config[field]!r}; '
+          f'{paths.nearest(config[field], filter(None, known))}.')
+  for field, least in _AT_LEAST.items():
+    if not least <= config[field] < math.inf:
+      raise ValueError(
+          f'`{field}` must be a number of at least {least}, got '
+          f'{config[field]}.')
+  if not config.learning_rate:
+    raise ValueError('`learning_rate` must be positive, got 0.')
+  if config.warmup_epochs >= config.epochs:
+    raise ValueError(
+        f'`warmup_epochs` must be less than the {config.epochs} epochs, got '
+        f'{config.warmup_epochs}.')
+  if config.seed >= 2**31:
+    raise ValueError(f'`seed` must be less than 2**31, got {config.seed}.')
+  if config.feedback_learning_rate and not config.feedback_optimizer:
+    raise ValueError(
+        '`feedback_learning_rate` needs `feedback_optimizer`, which is empty; '
+        'set it, for example to the value of `optimizer`.')
+  for field, example in (
+      ('sharding', ('*/kernel', (None, 'model'))),
+      ('reduction_by_path', ('Dense_0', 'sum'))):
+    for pair in config[field]:
+      if len(pair) != 2 or not isinstance(pair[0], str):
+        raise ValueError(
+            f'`{field}` must be a list of pairs that begin with a path '
+            f'pattern, such as {example}, got {pair!r}.')
+  if not all(isinstance(pattern, str) for pattern in config.frozen):
+    raise ValueError(
+        "`frozen` must be a list of path patterns, such as ('Dense_0',), got "
+        f'{config.frozen!r}.')
+
+
+def arguments(
+    function: Callable[..., Any], config: ml_collections.ConfigDict, field: str
+) -> dict[str, Any]:
+  """The keyword arguments in `config[field]`, checked against a function.
+
+  Args:
+    function: makes the rule or the model.
+    config: the run's config.
+    field: 'rule_args' or 'model_args'.
+
+  Returns:
+    The arguments as a dict.
+
+  Raises:
+    ValueError: for an argument that the function does not take, with the
+      nearest names, or whose type is not that of the function's default.
+
+  Example:
+    >>> config = default()
+    >>> config.model_args.widths = (64, 64)
+    >>> arguments(bpjax.models.get('mlp'), config, 'model_args')
+    {'widths': (64, 64)}
+  """
+  given = config[field].to_dict()
+  known = inspect.signature(function).parameters
+  if any(p.kind is p.VAR_KEYWORD for p in known.values()):
+    return given
+  for name, value in given.items():
+    if name not in known:
+      raise ValueError(
+          f'`{field}.{name}` is no argument of `{function.__name__}`; '
+          f'{paths.nearest(name, known)}.')
+    example = known[name].default
+    if not _same_kind(value, example):
+      raise ValueError(
+          f'`{field}.{name}` must be of the kind of its default, {example!r}, '
+          f'got {value!r}.')
+  return given
+
+
+def _same_kind(value, example):
+  if value is None or example is None or example is inspect.Parameter.empty:
+    return True
+  if isinstance(example, tuple) and isinstance(value, (tuple, list)):
+    return all(_same_kind(v, e) for v in value for e in example[:1])
+  if isinstance(value, bool) or isinstance(example, bool):
+    return isinstance(value, bool) and isinstance(example, bool)
+  if isinstance(value, str) or isinstance(example, str):
+    return isinstance(value, str) and isinstance(example, str)
+  return True
+
+
+def override(
+    config: ml_collections.ConfigDict, values: Mapping[str, str]
+) -> ml_collections.ConfigDict:
+  """A copy of a config with fields set from text, as on the command line.
+
+  Raises:
+    ValueError: for an unknown field or a value of the wrong type.
+
+  Example:
+    >>> override(default(), {'rule': 'kolen_pollack', 'seed': '1'}).seed
+    1
+  """
+  argv = ['', *(f'--config.{field}={text}' for field, text in values.items())]
+  parsed = flags.FlagValues()
+  with _one_sentence(argv):
+    # A copy: flags write their values into the config that they are given.
+    config_flags.DEFINE_config_dict(
+        'config', copy.deepcopy(config), flag_values=parsed, lock_config=False,
+        accept_new_attributes=True, sys_argv=argv)
+    parsed(argv)
+    return parsed.config
+
+
+def define_flag() -> flags.FlagHolder:
+  """Defines `--config=FILE` and its overrides `--config.FIELD=VALUE`."""
+  return config_flags.DEFINE_config_file(
+      'config', lock_config=False, accept_new_attributes=True,
+      help_string='Path of a config file, such as '
+      'experiments/configs/quickstart.py.')
+
+
+def parse_flags(argv: Sequence[str]) -> list[str]:
+  """Parses the command line of a program with a `--config` flag.
+
+  Raises:
+    ValueError: with one sentence, for whatever is wrong with it.
+  """
+  with _one_sentence(argv):
+    for i, argument in enumerate(argv):
+      if re.match('--?config(=|$)', argument):
+        file = (argument.partition('=')[2] or ''.join(argv[i + 1:i + 2]))
+        if not os.path.isfile(file.split(':')[0]):
+          raise ValueError(
+              f'`config` must be a config file, and there is none at {file!r}; '
+              'give a path such as experiments/configs/quickstart.py.')
+    rest = flags.FLAGS(argv)
+  if len(rest) > 1:
+    raise ValueError(
+        f'unexpected argument {rest[1]!r}; every argument is a flag such as '
+        '--config.epochs=5.')
+  return rest
+
+
+@contextlib.contextmanager
+def _one_sentence(argv):
+  """Turns every way in which flags fail into a ValueError of one line."""
+  for argument in argv:
+    found = re.match(r'--?(?:no)?config\.(\w+)(?:\.(\w+)(\.)?)?', argument)
+    if found:
+      _check_field(found[1])
+    if found and (found[3] or found[2] and found[1] not in _FREE):
+      raise ValueError(
+          f'only {", ".join(_FREE)} have fields of their own, one level deep, '
+          f'got {argument!r}; write for example --config.rule_args.scale=.5.')
+  try:
+    yield
+  except (flags.Error, AttributeError, KeyError, TypeError) as error:
+    text = str(error.args[0] if error.args else error)
+    unknown = re.search(r'Key "(\w+)" does not exist', text)
+    if unknown:
+      _check_field(unknown[1])
+    # A config file's own errors come as a traceback; its last line says it.
+    line = [line for line in text.splitlines() if line.strip()][-1]
+    raise ValueError(f'the command line is not understood: {line}') from error
+
+
+def _check_field(name):
+  known = default()
+  if name not in known:
+    raise ValueError(
+        f'`config.{name}` is no field of a config; '
+        f'{paths.nearest(name, known)}.')
+
+
+def to_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """The config as what a JSON file gives back.
+
+  Raises:
+    ValueError: for a value that JSON does not know.
+  """
+  try:
+    return json.loads(json.dumps(config.to_dict(), allow_nan=False))
+  except (TypeError, ValueError) as error:
+    raise ValueError(
+        'every value of a config must be a number, a string or a tuple of '
+        f'them, so that config.json can hold it; got: {error}.') from error
+
+
+def difference(
+    old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = '') -> str:
+  """The first field in which two configs differ, with both values; or ''.
+
+  Example:
+    >>> difference({'seed': 0}, {'seed': 1})
+    '`seed` is 0 there and 1 here'
+  """
+  for field in sorted({*old, *new}):
+    a, b = (c.get(field, 'absent') for c in (old, new))
+    if isinstance(a, dict) and isinstance(b, dict):
+      nested = difference(a, b, f'{prefix}{field}.')
+      if nested:
+        return nested
+    elif a != b:
+      return f'`{prefix}{field}` is {a!r} there and {b!r} here'
+  return ''

@@ -1,0 +1,269 @@
+"""Real image sets as arrays or streams, with fixed splits and a fixed order.
+
+`load` reads scikit-learn's `digits`, or any TFDS image classification set that
+is prepared on this machine, without TensorFlow. A set of up to 1 GiB is decoded
+once to arrays and kept in one cache file, `<cache_dir>/<name>-<version>.npz`;
+that file is all that a machine without TFDS needs. A larger set, or one whose
+images vary in size, is streamed (`Stream`).
+"""
+
+import os
+import pathlib
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from experiments import decoded
+from experiments import prepared
+from experiments.decoded import Split
+from experiments.streaming import (
+    IMAGENET_MEAN, IMAGENET_STD, Stream, epoch_order)
+
+Array = Any
+
+_MAX_DECODED_BYTES = 2**30
+_DIGITS_TEST = 360
+# Splits never depend on the run's seed: seeds are compared on the same data.
+_SPLIT_SEED = 0
+_CHUNK = 1024
+
+
+class Dataset(NamedTuple):
+  """A data set as `load` returns it.
+
+  Attributes:
+    name: as it was asked for.
+    num_classes: labels lie in [0, num_classes).
+    image_shape: (height, width, channels) of what the model sees.
+    train: the training examples, without those of `validation`.
+    validation: examples held out of train; None where none were asked for.
+    test: the test examples.
+    mean: float32 `[channels]`, of the train images scaled to [0, 1]; of
+      ImageNet where `train` is a Stream.
+    std: float32 `[channels]`, likewise; 1 where a channel is constant.
+    source: one line for the log: what was read, and from where.
+  """
+
+  name: str
+  num_classes: int
+  image_shape: tuple[int, int, int]
+  train: Split | Stream
+  validation: Split | Stream | None
+  test: Split | Stream
+  mean: np.ndarray
+  std: np.ndarray
+  source: str
+
+
+class _Whole(NamedTuple):
+  """A set before examples are held out of train."""
+
+  train: Split | Stream
+  test: Split | Stream
+  num_classes: int
+  source: str
+
+
+def load(
+    name: str,
+    data_dir: str | os.PathLike | None = None,
+    *,
+    validation: int = 0,
+    seed: int = 0,
+    cache_dir: str | os.PathLike | None = None,
+    train_examples: int | None = None,
+    stream: bool = False,
+    image_size: int = 224,
+) -> Dataset:
+  """Loads a data set by name.
+
+  Args:
+    name: 'digits' (in scikit-learn's wheel), or the name of a TFDS image
+      classification set, 'name[/config][:version]'.
+    data_dir: TFDS data directory; default TFDS_DATA_DIR, else
+      ~/tensorflow_datasets.
+    validation: number of examples to hold out of train.
+    seed: the run's seed, accepted so that a caller can hand over its config;
+      no split depends on it.
+    cache_dir: folder of the decoded arrays; default BPJAX_CACHE_DIR, else
+      ~/.cache/bpjax.
+    train_examples: keep only so many of the remaining train examples; None
+      for all.
+    stream: stream a set that would fit into arrays as well.
+    image_size: height and width of streamed images; arrays keep their own.
+
+  Returns:
+    A Dataset of uint8 images and int32 labels.
+
+  Raises:
+    ValueError: the set is unknown, not prepared, not an image classification
+      set, damaged, has a label outside its classes, or is smaller than
+      `validation` and `train_examples` ask for.
+
+  Example:
+    >>> dataset = load('digits', validation=200)
+    >>> dataset.train.images.shape
+    (1237, 8, 8, 1)
+  """
+  del seed
+  if name == 'digits':
+    if stream:
+      raise ValueError(
+          "`stream` must be False for 'digits', got True; it is a small array")
+    whole = _digits()
+  else:
+    whole = _tfds(name, data_dir, cache_dir, stream, image_size)
+  kept, held_out = _hold_out(_size(whole.train), validation, train_examples)
+  train = whole.train if kept is None else _select(whole.train, kept)
+  if isinstance(train, Stream):
+    image_shape = train.image_shape
+    mean, std = _imagenet_moments(image_shape[-1])
+  else:
+    image_shape = train.images.shape[1:]
+    mean, std = _moments(train.images)
+  return Dataset(
+      name=name, num_classes=whole.num_classes, image_shape=image_shape,
+      train=train,
+      validation=None if held_out is None else _select(whole.train, held_out),
+      test=whole.test, mean=mean, std=std, source=whole.source)
+
+
+def normalise(images: Array, mean: Array, std: Array) -> Array:
+  """Scales images to [0, 1], then to mean 0 and variance 1 in each channel.
+
+  Args:
+    images: uint8 `[..., channels]`, a NumPy or a JAX array (traced or not).
+    mean: float32 `[channels]`.
+    std: float32 `[channels]`.
+
+  Returns:
+    float32, in the shape of `images`.
+
+  Example:
+    >>> x = normalise(dataset.test.images, dataset.mean, dataset.std)
+  """
+  return (images.astype(np.float32) / np.float32(255) - mean) / std
+
+
+def _digits() -> _Whole:
+  """scikit-learn's 1,797 digits; the last 360 of a fixed order are test."""
+  datasets = prepared.require('sklearn.datasets', "reading 'digits'")
+  images, labels = datasets.load_digits(return_X_y=True)
+  order = epoch_order(len(labels), seed=_SPLIT_SEED, epoch=0)
+  images = np.rint(images[order] * (255 / 16)).astype(np.uint8)
+  images = images.reshape(-1, 8, 8, 1)
+  labels = labels[order].astype(np.int32)
+  return _Whole(
+      train=Split(images[:-_DIGITS_TEST], labels[:-_DIGITS_TEST]),
+      test=Split(images[-_DIGITS_TEST:], labels[-_DIGITS_TEST:]),
+      num_classes=10, source='digits from scikit-learn')
+
+
+def _tfds(name, data_dir, cache_dir, stream, image_size) -> _Whole:
+  """A TFDS set: from its cache file, else from its prepared folder."""
+  directory = prepared.data_directory(data_dir)
+  cache_dir = pathlib.Path(
+      cache_dir or os.environ.get('BPJAX_CACHE_DIR')
+      or os.path.join('~', '.cache', 'bpjax')).expanduser()
+  found = prepared.find(name, directory)
+  if found is None:
+    path = None if stream else decoded.newest_cache(name, cache_dir)
+    cached = None if path is None else decoded.read_cache(path)
+    if cached is None:
+      raise prepared.missing(name, directory)
+    return _from_cache(name, cached, path)
+  if stream or not _fits(found):
+    return _streamed(found, image_size)
+  path = decoded.cache_path(found.name, found.version, cache_dir)
+  cached = decoded.read_cache(path)
+  # The same name and version may have been prepared from other data.
+  if cached is not None and cached.fingerprint == found.fingerprint:
+    return _from_cache(name, cached, path)
+  cached = decoded.decode(found)
+  decoded.write_cache(path, cached)
+  return _Whole(
+      cached.train, cached.test, cached.num_classes,
+      f'{found.name} {found.version} ({cached.encoding} images) decoded from '
+      f'{found.path}')
+
+
+def _fits(found: prepared.Prepared) -> bool:
+  """Whether the arrays of train and test fit into memory as uint8."""
+  if None in found.image_shape:
+    return False
+  examples = found.splits['train'] + found.splits[found.test]
+  return examples * int(np.prod(found.image_shape)) <= _MAX_DECODED_BYTES
+
+
+def _streamed(found: prepared.Prepared, image_size: int) -> _Whole:
+  splits = [
+      Stream(prepared.Examples(found, split), num_classes=found.num_classes,
+             image_size=image_size, channels=found.channels)
+      for split in ('train', found.test)]
+  return _Whole(
+      *splits, found.num_classes,
+      f'{found.name} {found.version} streamed from {found.path}')
+
+
+def _from_cache(
+    name: str, cached: decoded.Decoded, path: pathlib.Path) -> _Whole:
+  for split, which in ((cached.train, 'train'), (cached.test, 'test')):
+    decoded.check_labels(split.labels, cached.num_classes, f'{name} {which}')
+  return _Whole(
+      cached.train, cached.test, cached.num_classes,
+      f'{path.stem} ({cached.encoding} images) from the cache file {path}')
+
+
+def _hold_out(
+    size: int, validation: int, train_examples: int | None
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+  """Positions kept for train and held out of it; None for all, and for none."""
+  if not 0 <= validation < size:
+    raise ValueError(
+        f'`validation` must be at least 0 and less than the {size} train '
+        f'examples, got {validation}; choose a smaller number')
+  left = size - validation
+  if train_examples is not None and not 1 <= train_examples <= left:
+    raise ValueError(
+        f'`train_examples` must be between 1 and the {left} train examples '
+        f'that are left, got {train_examples}; use None for all of them')
+  if not validation and train_examples in (None, size):
+    return None, None
+  order = epoch_order(size, seed=_SPLIT_SEED, epoch=0)
+  kept = np.sort(order[validation:])[:train_examples]
+  return kept, np.sort(order[:validation]) if validation else None
+
+
+def _size(split: Split | Stream) -> int:
+  return len(split) if isinstance(split, Stream) else len(split.labels)
+
+
+def _select(split: Split | Stream, positions: np.ndarray) -> Split | Stream:
+  if isinstance(split, Stream):
+    return split.select(positions)
+  return Split(split.images[positions], split.labels[positions])
+
+
+def _moments(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Mean and standard deviation `[channels]` of images scaled to [0, 1]."""
+  # In pieces: a float copy of a set at the size limit would take 8 GiB.
+  total, squares = 0, 0
+  for start in range(0, len(images), _CHUNK):
+    piece = images[start:start + _CHUNK].astype(np.uint32)
+    total = total + piece.sum((0, 1, 2), dtype=np.uint64)
+    squares = squares + (piece * piece).sum((0, 1, 2), dtype=np.uint64)
+  count = images[..., 0].size
+  mean = total / count
+  std = np.sqrt(np.maximum(squares / count - mean**2, 0)) / 255
+  # A constant channel carries nothing; dividing by 0 would make it NaN.
+  std = np.where(std > 0, std, 1.0)
+  return (mean / 255).astype(np.float32), std.astype(np.float32)
+
+
+def _imagenet_moments(channels: int) -> tuple[np.ndarray, np.ndarray]:
+  """ImageNet's constants; their average where images are grey."""
+  mean = np.asarray(IMAGENET_MEAN, np.float32)
+  std = np.asarray(IMAGENET_STD, np.float32)
+  if channels == 1:
+    return mean.mean(keepdims=True), std.mean(keepdims=True)
+  return mean, std

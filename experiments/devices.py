@@ -1,0 +1,126 @@
+"""All devices: the mesh that a config asks for, and what lies where on it.
+
+            model
+        d0  d1  d2  d3        mesh = {'data': 2, 'model': 4}: the batch is split
+  data  d4  d5  d6  d7        over the rows, parameters over the columns where
+                              `sharding` says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+import math
+from typing import Any
+
+from bpjax import paths
+import jax
+from jax.sharding import AxisType
+from jax.sharding import Mesh
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+
+
+def make_mesh(axes: Mapping[str, int], batch_size: int) -> Mesh:
+  """The mesh over all devices, `data` first, with the batch checked against it.
+
+  Args:
+    axes: number of devices along each axis; one of them may be -1, for all
+      devices that are left.
+    batch_size: must be divisible by the devices along `data`.
+
+  Returns:
+    A mesh with Auto axes.
+
+  Raises:
+    ValueError: if the axes do not fit the devices, or the batch the axes.
+
+  Example:
+    >>> mesh = make_mesh({'data': -1}, batch_size=128)
+  """
+  count = jax.device_count()
+  axes = dict(sorted(axes.items(), key=lambda axis: axis[0] != 'data'))
+  if 'data' not in axes:
+    raise ValueError(
+        f"`mesh` must have an axis 'data', got {axes}; add it, with -1 for all "
+        'devices that are left.')
+  free = [name for name, size in axes.items() if size == -1]
+  known = math.prod(size for size in axes.values() if size != -1)
+  sizes_fit = known >= 1 and all(s == -1 or s >= 1 for s in axes.values())
+  if len(free) == 1 and sizes_fit and count % known == 0:
+    axes[free[0]] = count // known
+  elif free or not sizes_fit or known != count:
+    raise ValueError(
+        f'`mesh` must use all {count} devices, got {axes}; give at most one '
+        'axis -1, and sizes that multiply to the number of devices.')
+  if batch_size % axes['data']:
+    raise ValueError(
+        f"`batch_size` must be divisible by the {axes['data']} devices of the "
+        f"mesh axis 'data', got {batch_size}; choose a multiple of "
+        f"{axes['data']}.")
+  return jax.make_mesh(
+      tuple(axes.values()), tuple(axes),
+      axis_types=(AxisType.Auto,) * len(axes))
+
+
+def shardings(
+    mesh: Mesh, rules: Sequence[tuple[str, Sequence[Any]]], learned: Any,
+    tree: Any) -> Any:
+  """Where every leaf of a train state lies.
+
+  Args:
+    mesh: the mesh.
+    rules: pairs (path pattern, partition spec); the first match wins. Without
+      any, everything is replicated.
+    learned: shapes of `{'params': ..., 'feedback': ...}`.
+    tree: shapes of the train state. A leaf whose path ends like that of a
+      learned leaf of the same shape, as an optimiser's moments do, lies where
+      that one lies; the others are replicated.
+
+  Returns:
+    A tree of NamedSharding in the structure of `tree`.
+
+  Raises:
+    ValueError: for a learned leaf that no pattern matches, or that its spec
+      does not fit.
+  """
+  replicated = NamedSharding(mesh, PartitionSpec())
+  if not rules:
+    return jax.tree.map(lambda _: replicated, tree)
+  leaves = zip(paths.leaf_names(learned), jax.tree.leaves(learned), strict=True)
+  placed = {
+      (path, leaf.shape): _place(mesh, rules, path, leaf.shape)
+      for path, leaf in leaves}
+
+  def find(path, leaf):
+    parts = path.split('/')
+    ends = ('/'.join(parts[i:]) for i in range(len(parts)))
+    return next(
+        (placed[key] for end in ends if (key := (end, leaf.shape)) in placed),
+        replicated)
+
+  return paths.map_with_name(find, tree)
+
+
+def _place(mesh, rules, path, shape):
+  bare = path.partition('/')[2]
+  for pattern, spec in rules:
+    if paths.matches(pattern, bare) or paths.matches(pattern, path):
+      break
+  else:
+    raise ValueError(
+        f'`sharding` must cover every parameter, and no pattern matches '
+        f"`{path}`; add a pair for it, such as ('*', ()) at the end.")
+  spec = [tuple(s) if isinstance(s, (list, tuple)) else s for s in spec]
+  names = [s if isinstance(s, tuple) else (s,) if s else () for s in spec]
+  unknown = sorted({n for entry in names for n in entry} - {*mesh.axis_names})
+  if unknown:
+    raise ValueError(
+        f'`sharding` of `{path}` names the axis {unknown[0]!r}, which `mesh` '
+        f'does not have; its axes are {", ".join(mesh.axis_names)}.')
+  parts = [math.prod(mesh.shape[n] for n in entry) for entry in names]
+  if len(parts) > len(shape) or any(s % p for s, p in zip(shape, parts)):
+    raise ValueError(
+        f'`sharding` of `{path}` must fit its shape {shape}, got {spec} for '
+        f'the mesh {dict(mesh.shape)}; give at most one entry per axis, and '
+        'split an axis only into equal parts.')
+  return NamedSharding(mesh, PartitionSpec(*spec))

@@ -1,0 +1,143 @@
+"""Batches for the devices: whole sets that lie there already, or streams."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+from experiments import data as data_lib
+import jax
+from jax.sharding import Mesh
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+import numpy as np
+
+
+class Feed(Protocol):
+  """The training batches of a run, a function of seed and step alone.
+
+  Attributes:
+    steps_per_epoch: number of whole batches of an epoch.
+    streams: whether batches come one at a time from the host.
+    fixed_batch: images `[batch, height, width, channels]` and labels `[batch]`
+      that alignment is measured on throughout the run.
+  """
+  steps_per_epoch: int
+  streams: bool
+  fixed_batch: tuple[jax.Array, jax.Array]
+
+  def fetch(
+      self, epoch: int, first: int, count: int
+  ) -> tuple[Mapping[str, Any], np.int32]:
+    """Data for `Learner.steps`, and where in it batch `first` lies."""
+
+
+def make(split: Any, batch_size: int, seed: int, mesh: Mesh) -> Feed:
+  """The feed of a training split.
+
+  Raises:
+    ValueError: if the split has not a single whole batch.
+  """
+  if batch_size > length(split):
+    raise ValueError(
+        f'`batch_size` must be at most the {length(split)} training examples, '
+        f'got {batch_size}; choose a smaller one.')
+  kind = _Streamed if isinstance(split, data_lib.Stream) else _Arrays
+  return kind(split, batch_size, seed, mesh)
+
+
+def length(split: Any) -> int:
+  """The number of examples of a split."""
+  return len(split) if isinstance(split, data_lib.Stream) else len(split.labels)
+
+
+def eval_batch_size(wanted: int, mesh: Mesh) -> int:
+  """The next multiple of the devices along `data`; what is too much is masked.
+  """
+  parts = mesh.shape['data']
+  return -(-wanted // parts) * parts
+
+
+def eval_batches(
+    split: Any, wanted: int, mesh: Mesh
+) -> Iterator[tuple[jax.Array, jax.Array, jax.Array]]:
+  """Images, labels and mask of a whole split, all batches of one shape.
+
+  The last batch is filled up with zeros, which the mask `[batch]` leaves out.
+  """
+  size = eval_batch_size(wanted, mesh)
+  place = NamedSharding(mesh, PartitionSpec('data'))
+  if isinstance(split, data_lib.Stream):
+    batches = (
+        (b['image'], b['label']) for b in split.batches(size, train=False))
+  else:
+    batches = (
+        (split.images[i:i + size], split.labels[i:i + size])
+        for i in range(0, length(split), size))
+  for images, labels in batches:
+    mask = np.arange(size) < len(labels)
+    batch = _fill(images, size), _fill(labels, size), mask
+    yield jax.device_put(batch, place)
+
+
+def _fill(x, size):
+  return np.pad(x, [(0, size - len(x)), *[(0, 0)] * (x.ndim - 1)])
+
+
+class _Arrays:
+  """A set that lies on every device; a batch is a row of the epoch's order."""
+
+  streams = False
+
+  def __init__(self, split, batch_size, seed, mesh):
+    self.steps_per_epoch = len(split.labels) // batch_size
+    self._shape = (self.steps_per_epoch, batch_size)
+    self._seed, self._mesh = seed, mesh
+    self._images, self._labels = self._put(split)
+    self._epoch, self._order = None, None
+    index = self._indices(0)[0]
+    self.fixed_batch = self._put(
+        (split.images[index], split.labels[index]), 'data')
+
+  def fetch(self, epoch, first, count):
+    del count  # The whole epoch lies there.
+    if epoch != self._epoch:
+      self._epoch, self._order = epoch, self._put(self._indices(epoch))
+    data = {
+        'image': self._images, 'label': self._labels, 'order': self._order}
+    return data, np.int32(first)
+
+  def _indices(self, epoch):
+    order = data_lib.epoch_order(
+        len(self._labels), seed=self._seed, epoch=epoch)
+    return order[:np.prod(self._shape)].reshape(self._shape)
+
+  def _put(self, x, *axes):
+    place = NamedSharding(self._mesh, PartitionSpec(*axes))
+    return jax.device_put(tuple(x) if isinstance(x, tuple) else x, place)
+
+
+class _Streamed:
+  """A set that is read as it is needed, one batch a step."""
+
+  streams = True
+
+  def __init__(self, split, batch_size, seed, mesh):
+    self.steps_per_epoch = len(split) // batch_size
+    self._split, self._batch_size, self._seed = split, batch_size, seed
+    self._place = NamedSharding(mesh, PartitionSpec(None, 'data'))
+    self._next, self._batches = None, None
+    data, _ = self.fetch(0, 0, 1)
+    self.fixed_batch = jax.device_put(
+        (data['image'][0], data['label'][0]),
+        NamedSharding(mesh, PartitionSpec('data')))
+
+  def fetch(self, epoch, first, count):
+    del count  # Always 1.
+    if (epoch, first) != self._next:
+      self._batches = self._split.batches(
+          self._batch_size, seed=self._seed, epoch=epoch, start=first)
+    batch = next(self._batches)
+    self._next = (epoch, first + 1)
+    data = {name: np.asarray(batch[name])[None] for name in ('image', 'label')}
+    return jax.device_put(data, self._place), np.int32(0)

@@ -1,0 +1,36 @@
+"""Trains one network with one rule.
+
+python -m experiments.main --config=experiments/configs/quickstart.py \
+    --workdir=runs/digits [--config.rule=kolen_pollack ...]
+"""
+
+import sys
+
+from absl import app
+from absl import flags
+from absl import logging
+from experiments import config as config_lib
+from experiments import launch
+
+CONFIG = config_lib.define_flag()
+WORKDIR = flags.DEFINE_string('workdir', None, "The run's folder.")
+flags.mark_flags_as_required(['config', 'workdir'])
+
+
+def parse(argv: list[str]) -> list[str]:
+  """Parses the command line, or exits with one sentence and code 2."""
+  try:
+    return config_lib.parse_flags(argv)
+  except ValueError as error:
+    print(f'error: {error}', file=sys.stderr)
+    sys.exit(2)
+
+
+def main(argv: list[str]) -> None:
+  del argv
+  logging.set_verbosity(logging.ERROR)  # Of libraries; a run has its own log.
+  sys.exit(launch.launch(CONFIG.value, WORKDIR.value))
+
+
+if __name__ == '__main__':
+  app.run(main, flags_parser=parse)

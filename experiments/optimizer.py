@@ -1,0 +1,115 @@
+"""The optimiser of a run: one optax transformation for all that learns."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from bpjax import paths
+import jax
+import ml_collections
+import optax
+
+
+def build(
+    config: ml_collections.ConfigDict, steps_per_epoch: int
+) -> optax.GradientTransformation:
+  """The transformation for a tree `{'params': ..., 'feedback': ...}`.
+
+  The feedback in that tree is only what is trained (`trained`): fixed feedback
+  costs an optimiser neither state nor time, and no decay can reach it.
+
+  Args:
+    config: the run's config.
+    steps_per_epoch: to turn the config's epochs into steps.
+
+  Returns:
+    An optax transformation whose `update` needs the tree itself as well.
+
+  Example:
+    >>> tx = build(default(), steps_per_epoch=468)
+  """
+  tx = _optimizer(
+      config.optimizer, config.learning_rate, config, steps_per_epoch)
+  if config.feedback_optimizer:
+    rate = config.feedback_learning_rate or config.learning_rate
+    other = _optimizer(config.feedback_optimizer, rate, config, steps_per_epoch)
+    tx = optax.multi_transform(
+        {'params': tx, 'feedback': other}, _label_collections)
+  if config.clip_norm:
+    # Joint over both: clipped apart, W and B would move by different multiples
+    # of one update, which breaks Kolen-Pollack's law.
+    tx = optax.chain(optax.clip_by_global_norm(config.clip_norm), tx)
+  if config.frozen:
+    tx = optax.multi_transform(
+        {True: optax.set_to_zero(), False: tx},
+        functools.partial(frozen, tuple(config.frozen)))
+  return tx
+
+
+def frozen(patterns: tuple[str, ...], tree: Any) -> Any:
+  """Which leaves of `{'params': ..., 'feedback': ...}` keep their values.
+
+  Raises:
+    ValueError: for a pattern that matches nothing.
+  """
+  names = [name.partition('/')[2] for name in paths.leaf_names(tree)]
+  for pattern in patterns:
+    if not any(paths.matches(pattern, name) for name in names):
+      raise ValueError(
+          f'`frozen` has the pattern {pattern!r}, which matches no parameter; '
+          f'{paths.nearest(pattern, names)}.')
+  return paths.map_with_name(
+      lambda name, _: any(
+          paths.matches(p, name.partition('/')[2]) for p in patterns), tree)
+
+
+def trained(trainable: Any, feedback: Any) -> Any:
+  """The feedback that an optimiser may touch, with None for the rest.
+
+  Example:
+    >>> trained({'a': True, 'b': False}, {'a': 1., 'b': 2.})
+    {'a': 1.0, 'b': None}
+  """
+  return jax.tree.map(lambda t, f: f if t else None, trainable, feedback)
+
+
+def merged(trainable: Any, learned: Any, feedback: Any) -> Any:
+  """The whole feedback again: `learned` where it is trained, else as it was."""
+  return jax.tree.map(
+      lambda t, new, old: new if t else old, trainable, learned, feedback)
+
+
+def _label_collections(tree):
+  return {c: jax.tree.map(lambda _: c, tree[c]) for c in tree}
+
+
+def _optimizer(name, learning_rate, config, steps_per_epoch):
+  rate = _schedule(config, learning_rate, steps_per_epoch)
+  if name == 'adamw':
+    return optax.adamw(rate, weight_decay=config.weight_decay)
+  tx = {
+      'sgd': lambda: optax.sgd(rate),
+      'momentum': lambda: optax.sgd(rate, config.momentum),
+      'nesterov': lambda: optax.sgd(rate, config.momentum, nesterov=True),
+      'adam': lambda: optax.adam(rate),
+      'rmsprop': lambda: optax.rmsprop(rate),
+  }[name]()
+  if config.weight_decay:
+    # Last in the chain, so after the learning rate: W <- W + step - decay * W.
+    tx = optax.chain(tx, optax.add_decayed_weights(-config.weight_decay))
+  return tx
+
+
+def _schedule(config, peak, steps_per_epoch):
+  warmup = round(config.warmup_epochs * steps_per_epoch)
+  rest = config.epochs * steps_per_epoch - warmup
+  after = {
+      'constant': lambda: optax.constant_schedule(peak),
+      'cosine': lambda: optax.cosine_decay_schedule(peak, rest),
+      'linear': lambda: optax.linear_schedule(peak, 0., rest),
+  }[config.schedule]()
+  if not warmup:
+    return peak if config.schedule == 'constant' else after
+  return optax.join_schedules(
+      [optax.linear_schedule(0., peak, warmup), after], [warmup])

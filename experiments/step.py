@@ -1,0 +1,242 @@
+"""What is computed: the train state, the step, evaluation and alignment.
+
+Pure functions of arrays, to be compiled by the trainer; nothing here knows of
+files, time or signals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import bpjax
+from experiments import data as data_lib
+from experiments import optimizer
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+import numpy as np
+import optax
+
+
+class Window(NamedTuple):
+  """Training results since the last line of the metrics.
+
+  They live in the train state, so that a resumed run goes on with them.
+
+  Attributes:
+    loss: sum of the steps' mean losses, [].
+    correct: number of examples that were classified correctly, [].
+    steps: number of steps, [].
+  """
+  loss: jax.Array
+  correct: jax.Array
+  steps: jax.Array
+
+
+class TrainState(NamedTuple):
+  """All that a run is, after some steps. Arrays only.
+
+  Random keys and the order of the data are functions of the seed and `step`.
+
+  Attributes:
+    step: number of steps taken, [].
+    params: the model's parameters.
+    feedback: the rule's own weights; {} for a rule without any.
+    opt_state: the optimiser's state.
+    model_state: the model's other collections, such as `batch_stats`.
+    window: training results since the last line of the metrics.
+  """
+  step: jax.Array
+  params: Any
+  feedback: Any
+  opt_state: Any
+  model_state: Any
+  window: Window
+
+
+def empty_window() -> Window:
+  """A window without steps."""
+  return Window(np.float32(0), np.int32(0), np.int32(0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Learner:
+  """A network, a rule and an optimiser, as functions of a train state.
+
+  Attributes:
+    net: the network.
+    rule: the rule that trains it.
+    loss: `(output, labels) -> per-example losses`, on integer labels.
+    reduction: path pattern -> 'mean' or 'sum'.
+    tx: optimiser of `{'params', 'feedback'}` (see `optimizer.build`).
+    input_shape: shape of a batch of images, `[batch, height, width, channels]`.
+    mean: of the training images scaled to [0, 1], `[channels]`.
+    std: their standard deviation, `[channels]`.
+    seed: of everything random.
+    mesh: the devices; a batch is split over its axis `data`.
+  """
+  net: Any
+  rule: Any
+  loss: Callable[[jax.Array, jax.Array], jax.Array]
+  reduction: Mapping[str, str]
+  tx: optax.GradientTransformation
+  input_shape: tuple[int, ...]
+  mean: np.ndarray
+  std: np.ndarray
+  seed: int
+  mesh: jax.sharding.Mesh
+
+  def init(self) -> TrainState:
+    """The state before the first step."""
+    key, feedback_key, _, _ = self._keys()
+    x = jnp.zeros(self.input_shape)
+    variables = self.net.init(key, x)
+    feedback = self.rule.init(feedback_key, self.net, variables, x)
+    model_state = {c: v for c, v in variables.items() if c != 'params'}
+    params = variables['params']
+    learned = {
+        'params': params,
+        'feedback': optimizer.trained(self.rule.trainable(feedback), feedback)}
+    return TrainState(
+        jnp.int32(0), params, feedback, self.tx.init(learned), model_state,
+        jax.tree.map(jnp.asarray, empty_window()))
+
+  def units(self) -> dict[str, str]:
+    """Unit -> name of the rule that trains it, without computing anything."""
+    units = {}
+
+    def trace():
+      x = jnp.zeros(self.input_shape)
+      variables = self.net.init(jax.random.key(0), x)
+      units.update(self.rule.units(self.net, variables, x))
+
+    jax.eval_shape(trace)
+    return units
+
+  def steps(
+      self, state: TrainState, data: Mapping[str, jax.Array], first: jax.Array,
+      count: jax.Array, most: int) -> tuple[TrainState, jax.Array]:
+    """Several steps in one dispatch.
+
+    The number of steps is an argument of one compiled loop, not a shape: where
+    a run is cut into calls changes neither the compiled code nor the result.
+
+    Args:
+      state: the train state.
+      data: `image` and `label` of a whole data set with `order`
+        `[batches, batch]`, or of batches `[batches, batch, ...]`.
+      first: the first batch, [].
+      count: the number of steps, at most `most`, [].
+      most: 1 compiles no loop at all.
+
+    Returns:
+      The new state, and the steps' losses `[most]` (zeros after `count`).
+    """
+    if most == 1:
+      state, loss = self.step(state, *self._batch(data, first))
+      return state, loss[None]
+
+    def body(i, carry):
+      state, losses = carry
+      state, loss = self.step(state, *self._batch(data, first + i))
+      return state, losses.at[i].set(loss)
+
+    losses = jnp.zeros(most, jnp.float32)
+    return jax.lax.fori_loop(0, count, body, (state, losses))
+
+  def step(
+      self, state: TrainState, images: jax.Array, labels: jax.Array
+  ) -> tuple[TrainState, jax.Array]:
+    """One step on one batch; returns the new state and the mean loss, []."""
+    learn = self.rule.value_and_grad(
+        self.net, self.loss, reduction=self.reduction)
+    _, _, key, _ = self._keys()
+    (loss, aux), (grads, feedback_grads) = learn(
+        {'params': state.params, **state.model_state}, state.feedback,
+        self._normalise(images), labels,
+        key=jax.random.fold_in(key, state.step))
+    trainable = self.rule.trainable(state.feedback)
+    pick = functools.partial(optimizer.trained, trainable)
+    learned = {'params': state.params, 'feedback': pick(state.feedback)}
+    updates, opt_state = self.tx.update(
+        {'params': grads, 'feedback': pick(feedback_grads)}, state.opt_state,
+        learned)
+    learned = optax.apply_updates(learned, updates)
+    loss = loss.astype(jnp.float32)
+    window = Window(
+        state.window.loss + loss,
+        state.window.correct + jnp.sum(_correct(aux.output, labels)),
+        state.window.steps + 1)
+    feedback = optimizer.merged(
+        trainable, learned['feedback'], state.feedback)
+    state = TrainState(
+        state.step + 1, learned['params'], feedback, opt_state,
+        {**state.model_state, **aux.model_state}, window)
+    return state, loss
+
+  def evaluate(
+      self, params: Any, model_state: Any, images: jax.Array,
+      labels: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Sum of losses and number of correct answers where `mask` is true."""
+    predict = self.rule.predict(self.net)
+    output = predict(
+        {'params': params, **model_state}, self._normalise(images))
+    losses = self.loss(output, labels).astype(jnp.float32)
+    correct = _correct(output, labels) & mask
+    return jnp.sum(jnp.where(mask, losses, 0)), jnp.sum(correct)
+
+  def align(
+      self, state: TrainState, images: jax.Array, labels: jax.Array
+  ) -> dict[str, Any]:
+    """Alignment with backprop on one batch: unit -> `bpjax.Alignment`."""
+    align = bpjax.alignment(self.net, self.loss, self.rule)
+    *_, key = self._keys()
+    return align(
+        {'params': state.params, **state.model_state}, state.feedback,
+        self._normalise(images), labels,
+        key=jax.random.fold_in(key, state.step))
+
+  def _keys(self):
+    return jax.random.split(jax.random.key(self.seed), 4)
+
+  def _batch(self, data, i):
+    if 'order' not in data:
+      return data['image'][i], data['label'][i]
+    index = self._split(data['order'][i])
+    return data['image'][index], data['label'][index]
+
+  def _normalise(self, images):
+    return self._split(data_lib.normalise(images, self.mean, self.std))
+
+  def _split(self, x):
+    return jax.lax.with_sharding_constraint(
+        x, NamedSharding(self.mesh, PartitionSpec('data')))
+
+
+def is_finite(state: TrainState) -> jax.Array:
+  """Whether every number of a state is finite, []."""
+  floats = [
+      x for x in jax.tree.leaves(state)
+      if jnp.issubdtype(x.dtype, jnp.inexact)]
+  return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in floats]))
+
+
+def loss_function(
+    name: str, num_classes: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
+  """The loss called `name`, of an output and integer labels `[batch]`."""
+  if name == 'cross_entropy':
+    return bpjax.losses.softmax_cross_entropy
+
+  def squared_error(output, labels):
+    targets = jax.nn.one_hot(labels, num_classes, dtype=output.dtype)
+    return bpjax.losses.squared_error(output, targets)
+
+  return squared_error
+
+
+def _correct(output, labels):
+  return jnp.argmax(output, axis=-1) == labels

@@ -1,0 +1,233 @@
+"""Streams a large image set: random access, decoding and crops in threads.
+
+The order of the examples and every random crop are pure functions of the seed,
+the epoch and the example, so a run that resumes at batch k sees exactly the
+batches that it would have seen, and skipping to k reads nothing.
+"""
+
+from collections.abc import Iterator, Sequence
+import math
+import os
+from typing import Any
+
+import numpy as np
+
+from experiments import prepared
+
+# Per-channel mean and standard deviation of the ImageNet training images in
+# [0, 1], the customary constants: a stream is never read twice to measure its
+# own.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# The customary evaluation crop: 224 out of a short side of 256.
+_CENTRE = 224 / 256
+_AREA = (0.08, 1.0)
+_RATIO = (3 / 4, 4 / 3)
+_TRIES = 10
+
+
+def epoch_order(num_examples: int, *, seed: int, epoch: int) -> np.ndarray:
+  """The order of the examples in one epoch.
+
+  Sorts the raw Philox stream, which NumPy keeps fixed over versions and
+  platforms; `Generator.permutation` carries no such promise.
+
+  Args:
+    num_examples: number of examples.
+    seed: the run's seed, >= 0.
+    epoch: which epoch, >= 0.
+
+  Returns:
+    int32 `[num_examples]`, a permutation of 0 .. num_examples - 1.
+
+  Raises:
+    ValueError: an argument is negative.
+
+  Example:
+    >>> order = epoch_order(len(train.labels), seed=0, epoch=3)
+    >>> batch = train.images[order[:128]]
+  """
+  for name, value in (
+      ('num_examples', num_examples), ('seed', seed), ('epoch', epoch)):
+    if value < 0:
+      raise ValueError(
+          f'`{name}` must not be negative, got {value}; use 0 or more')
+  bits = np.random.Philox(
+      np.random.SeedSequence(int(seed), spawn_key=(int(epoch),)))
+  return np.argsort(
+      bits.random_raw(num_examples), kind='stable').astype(np.int32)
+
+
+class Stream:
+  """The examples of one split, read through grain as they are needed.
+
+  Args:
+    examples: random access, `examples[i]` is (PIL image, label).
+    indices: which of `examples` belong to this stream; None for all.
+    num_classes: labels must lie in [0, num_classes).
+    image_size: height and width of the images that are yielded.
+    channels: 1 or 3, as the images of `examples` have.
+    num_threads: threads that read and decode; None for one a core, at most 16.
+
+  Example:
+    >>> train = load('imagenet2012').train
+    >>> for batch in train.batches(256, seed=0, epoch=0, start=100):
+    ...   step(batch['image'], batch['label'])
+  """
+
+  def __init__(
+      self,
+      examples: Sequence[tuple[Any, int]],
+      indices: np.ndarray | None = None,
+      *,
+      num_classes: int,
+      image_size: int = 224,
+      channels: int = 3,
+      num_threads: int | None = None,
+  ):
+    if image_size < 1:
+      raise ValueError(
+          f'`image_size` must be at least 1, got {image_size}; use 224')
+    self._examples = examples
+    self._indices = (
+        np.arange(len(examples), dtype=np.int32) if indices is None
+        else np.asarray(indices, np.int32))
+    self._num_classes = num_classes
+    self._num_threads = num_threads or min(16, os.cpu_count() or 1)
+    self.image_shape = (image_size, image_size, channels)
+
+  def __len__(self) -> int:
+    return len(self._indices)
+
+  def select(self, positions: np.ndarray) -> 'Stream':
+    """The stream of the examples at `positions` of this one.
+
+    Args:
+      positions: integers `[n]` in [0, len(self)).
+
+    Returns:
+      A Stream that shares the files and settings of this one.
+
+    Example:
+      >>> quick = stream.select(np.arange(1000))
+    """
+    return Stream(
+        self._examples, self._indices[positions],
+        num_classes=self._num_classes, image_size=self.image_shape[0],
+        channels=self.image_shape[2], num_threads=self._num_threads)
+
+  def batches(
+      self,
+      batch_size: int,
+      *,
+      seed: int = 0,
+      epoch: int = 0,
+      start: int = 0,
+      train: bool = True,
+  ) -> Iterator[dict[str, np.ndarray]]:
+    """One epoch of batches, from batch `start` on.
+
+    Training shuffles, crops and flips at random, and drops a last batch that is
+    not full (one shape, one compilation). Evaluation keeps the stored order,
+    crops the centre, and keeps the last batch as it is.
+
+    Args:
+      batch_size: examples of a batch.
+      seed: the run's seed; with `epoch` it fixes order and crops.
+      epoch: which epoch.
+      start: batches to leave out; costs nothing.
+      train: training or evaluation.
+
+    Returns:
+      An iterator of {'image': uint8 `[b, height, width, channels]`, 'label':
+      int32 `[b]`}. Closing it ends the threads.
+
+    Raises:
+      ValueError: `batch_size` or `start` is out of range, grain is not
+        installed, or (while reading) a label is outside [0, num_classes).
+
+    Example:
+      >>> resumed = stream.batches(256, seed=0, epoch=2, start=17)
+    """
+    if batch_size < 1 or (train and batch_size > len(self)):
+      raise ValueError(
+          f'`batch_size` must be between 1 and the {len(self)} examples of the '
+          f'stream, got {batch_size}; choose a smaller one')
+    if start < 0:
+      raise ValueError(
+          f'`start` must not be negative, got {start}; use 0 for a whole epoch')
+    positions = (
+        epoch_order(len(self), seed=seed, epoch=epoch) if train
+        else np.arange(len(self)))
+    grain = prepared.require('grain', 'streaming a data set')
+    return self._iterate(
+        grain, self._indices[positions][start * batch_size:], batch_size,
+        (seed, epoch) if train else None)
+
+  def _iterate(self, grain, indices, batch_size, randomness):
+    """Yields from grain; `randomness` is (seed, epoch), or None for none."""
+    if not len(indices):
+      return
+    reading = grain.ReadOptions(
+        num_threads=self._num_threads,
+        prefetch_buffer_size=max(self._num_threads, 2 * batch_size))
+    dataset = (
+        grain.MapDataset.source(indices)
+        .map(lambda index: self._example(int(index), randomness))
+        .to_iter_dataset(reading)
+        .batch(batch_size, drop_remainder=randomness is not None))
+    iterator = iter(dataset)
+    try:
+      yield from iterator
+    finally:
+      iterator.close()
+
+  def _example(self, index, randomness):
+    image, label = self._examples[index]
+    if not 0 <= label < self._num_classes:
+      raise ValueError(
+          f'`labels` must lie in [0, {self._num_classes}), got {label} at '
+          f'example {index}; prepare the data set again')
+    if randomness is None:
+      box, flip = _centre_box(*image.size), False
+    else:
+      seed, epoch = randomness
+      rng = np.random.Generator(np.random.Philox(
+          np.random.SeedSequence(seed, spawn_key=(epoch, index))))
+      box, flip = _random_box(rng, *image.size), rng.random() < 0.5
+    return {
+        'image': _resize(image, box, flip, self.image_shape),
+        'label': np.int32(label),
+    }
+
+
+def _resize(image, box, flip, shape) -> np.ndarray:
+  from PIL import Image
+
+  pixels = np.asarray(
+      image.resize((shape[1], shape[0]), Image.Resampling.BILINEAR, box=box))
+  return (pixels[:, ::-1] if flip else pixels).reshape(shape)
+
+
+def _centre_box(width: int, height: int) -> tuple[float, ...]:
+  """(left, top, right, bottom) of the centre square that evaluation sees."""
+  side = _CENTRE * min(width, height)
+  left, top = (width - side) / 2, (height - side) / 2
+  return left, top, left + side, top + side
+
+
+def _random_box(
+    rng: np.random.Generator, width: int, height: int) -> tuple[float, ...]:
+  """A crop of random area and aspect ratio (Szegedy et al. 2015, 1409.4842)."""
+  for _ in range(_TRIES):
+    area = width * height * rng.uniform(*_AREA)
+    ratio = math.exp(rng.uniform(*map(math.log, _RATIO)))
+    crop_width, crop_height = math.sqrt(area * ratio), math.sqrt(area / ratio)
+    if crop_width <= width and crop_height <= height:
+      left = rng.uniform(0, width - crop_width)
+      top = rng.uniform(0, height - crop_height)
+      # Rounding must not push the box one ulp over the edge: PIL refuses that.
+      return (left, top, min(left + crop_width, width),
+              min(top + crop_height, height))
+  return _centre_box(width, height)

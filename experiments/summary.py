@@ -1,0 +1,80 @@
+"""What a finished run says of itself: the content of `summary.json`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from typing import Any
+
+import bpjax
+from experiments import data as data_lib
+from experiments import step as step_lib
+from experiments import train
+import jax
+import numpy as np
+
+_STREAMED_TRAIN_EXAMPLES = 10_000  # Of a stream, for `train_accuracy`.
+_PACKAGES = (
+    'bpjax', 'flax', 'grain', 'jax', 'jaxlib', 'ml_collections', 'numpy',
+    'optax', 'orbax-checkpoint', 'scikit-learn', 'tensorflow-datasets')
+
+
+def summarise(
+    run: train.Run, state: step_lib.TrainState, seconds: list[float],
+    wall_time: float) -> dict[str, Any]:
+  """What `summary.json` holds. Times are in seconds, of this process."""
+  split = run.dataset.train
+  if isinstance(split, data_lib.Stream):
+    split = split.select(np.arange(min(len(split), _STREAMED_TRAIN_EXAMPLES)))
+  train_loss, train_accuracy = train.evaluate(run, state, split)
+  last = [m for m in run.folder.metrics() if m['step'] == run.total_steps]
+  results = {'train_accuracy': train_accuracy, 'train_loss': train_loss}
+  for name in ('test', 'validation'):
+    line = next((m for m in last if m['split'] == name), {})
+    for value in ('accuracy', 'loss'):
+      results[f'{name}_{value}'] = line.get(value)
+  device = run.learner.mesh.devices.flat[0]
+  return dict(sorted(results.items(), reverse=True)) | {
+      'rule': run.config.rule, 'seed': run.config.seed,
+      'epochs': run.config.epochs, 'steps': run.total_steps,
+      'parameter_count': _count(state.params),
+      'feedback_count': _count(state.feedback),
+      'median_step_time': float(np.median(seconds)) if seconds else None,
+      'wall_time': wall_time,
+      'units': run.units,
+      'alignment': {
+          m['unit']: {k: m[k] for k in bpjax.Alignment._fields}
+          for m in last if m['split'] == 'alignment'},
+      'data_source': run.dataset.source,
+      'device_kind': device.device_kind, 'device_count': jax.device_count(),
+      'versions': versions(), 'git_commit': _git_commit(),
+  }
+
+
+def _count(tree):
+  return sum(x.size for x in jax.tree.leaves(tree))
+
+
+def versions() -> dict[str, str | None]:
+  """Versions of Python and of the packages that a result depends on."""
+  found = {'python': platform.python_version()}
+  for package in _PACKAGES:
+    try:
+      found[package] = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+      found[package] = None
+  return found
+
+
+def _git_commit():
+  """The commit of this program, or None outside git."""
+  try:
+    found = subprocess.run(
+        ['git', 'rev-parse', '--verify', 'HEAD'], capture_output=True,
+        cwd=os.path.dirname(os.path.abspath(__file__)), text=True, timeout=10,
+        check=False)
+  except (OSError, subprocess.TimeoutExpired):
+    return None
+  return found.stdout.strip() or None if found.returncode == 0 else None

@@ -153,7 +153,7 @@ def main(argv: list[str]) -> None:
     print(f'error: unknown workload {sorted(unknown)[0]!r}; known: '
           f'{", ".join(_MODELS)}', file=sys.stderr)
     sys.exit(2)
-  console = rich.console.Console()
+  console = rich.console.Console(width=100)
   results = {}
   for name in _WORKLOADS.value:
     model, x, y = workload(name)

@@ -118,6 +118,7 @@ def sweep(
   points = _compare(results)
   with open(os.path.join(workdir, 'sweep.json'), 'w', encoding='utf-8') as file:
     json.dump({
+        'command': ' '.join(['python -m experiments.sweep', *sys.argv[1:]]),
         'config': config_lib.to_json(config), 'grid': list(grid),
         'versions': summary_lib.versions(), 'points': points, 'runs': results,
     }, file, indent=1)
@@ -167,10 +168,16 @@ def _summary(folder):
 
 
 def _numbers(summary: Mapping[str, Any]) -> dict[str, float | None]:
-  """The columns of one run; alignment is the mean over units of `teaching`."""
+  """The columns of one run.
+
+  The alignment is the mean of `teaching` over all units but the last, the
+  output unit, whose teaching signal is exact under every rule.
+  """
+  measured = summary.get('alignment', {})
+  hidden = [unit for unit in summary.get('units', ()) if unit in measured][:-1]
   cosines = [
-      unit['teaching'] for unit in summary.get('alignment', {}).values()
-      if unit['teaching'] is not None]
+      measured[unit]['teaching'] for unit in hidden
+      if measured[unit]['teaching'] is not None]
   numbers = {c: summary.get(c) for c in _COLUMNS if c != 'alignment'}
   return numbers | {'alignment': statistics.fmean(cosines) if cosines else None}
 

@@ -88,7 +88,7 @@ def print_table(runs: list[dict], console: rich.console.Console) -> None:
 
 def draw(runs: list[dict], path: str) -> None:
   """Draws the panels; one colour a rule, seeds in the same colour."""
-  units = list(dict.fromkeys(u for r in runs for u in hidden(r)))
+  units = list(dict.fromkeys(u for r in runs for u in r['curves']))
   columns = max(len(units), 1)
   figure, axes = plt.subplots(
       2, columns, figsize=(1.5 + 3.6 * columns, 6), sharex=True, sharey='row',
@@ -98,7 +98,7 @@ def draw(runs: list[dict], path: str) -> None:
     new = run['rule'] not in colours
     colour = colours.setdefault(run['rule'], f'C{len(colours)}')
     label = run['rule'].replace('_', ' ') if new else None
-    for unit, curve in hidden(run).items():
+    for unit, curve in run['curves'].items():
       top, bottom = axes[:, units.index(unit)]
       epochs = [c['step'] * run['epochs'] / run['steps'] for c in curve]
       mean = [c['teaching'] for c in curve]
@@ -137,7 +137,9 @@ def main(argv: list[str]) -> None:
   except ValueError as error:
     print(f'error: {error}', file=sys.stderr)
     sys.exit(2)
-  print_table(runs, rich.console.Console())
+  console = rich.console.Console()
+  print_table(runs, console if console.is_terminal else rich.console.Console(
+      width=110))
   measured = [r for r in runs if r['curves']]
   if not measured:
     print('error: no run has alignment; train with '

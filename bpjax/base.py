@@ -42,10 +42,13 @@ class Signal(NamedTuple):
       of the model's output, or None for a unit without a port.
     key: the unit's own random key for this step (None for a rule that does not
       say `stochastic=True`).
+    divisor: what the engine will divide the unit's updates by (the number of
+      losses, or 1): a term that is not a sum over examples is multiplied by it.
   """
   teaching: Array
   error: Array | None
   key: Key | None
+  divisor: int = 1
 
 
 class Credit(NamedTuple):

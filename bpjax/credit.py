@@ -201,13 +201,14 @@ class Rule:
 
     def learn(variables, feedback, x, y, key=None):
       value, aux, grads, count = self.differentiate(
-          net, loss, variables, feedback, x, y, key)
+          net, loss, variables, feedback, x, y, key, reduction=reduction)
       return (value, aux), reduction_lib.apply(reduction, grads[:2], count)
 
     return learn
 
   def differentiate(
-      self, net, loss, variables, feedback, x, y, key, probes=None):
+      self, net, loss, variables, feedback, x, y, key, probes=None,
+      reduction='mean'):
     """The engine: one forward pass, one pull.
 
     Returns:
@@ -221,7 +222,10 @@ class Rule:
     state = {c: v for c, v in variables.items() if c not in _OWN}
     feedback = dict(feedback)
     shared = feedback.get(SHARED, {})
-    visit = functools.partial(self._visit, survey=survey, shared=shared)
+    count = jax.eval_shape(loss, survey.output, y).size
+    visit = functools.partial(
+        self._visit, survey=survey, shared=shared,
+        divisor=lambda unit: reduction_lib.divisor(reduction, unit, count))
 
     def forward(params, feedback, probes):
       own = {k: v for k, v in feedback.items() if k != SHARED}
@@ -240,7 +244,7 @@ class Rule:
     reduction_lib.check_losses(losses, output)
     error, = pull_loss(jnp.ones_like(losses))
     grads = pull((error, jax.tree.map(lambda p: _to_port(error, p), ports)))
-    return jnp.mean(losses), base.Aux(output, state), grads, losses.size
+    return jnp.mean(losses), base.Aux(output, state), grads, count
 
   def signals(self, net, loss, variables, feedback, x, y, key):
     """The updates, and what arrives at every unit's output.
@@ -284,13 +288,13 @@ class Rule:
       targets |= rule.weight_target(units, own, parts)
     return targets
 
-  def _visit(self, call, survey, shared):
+  def _visit(self, call, survey, shared, divisor=lambda unit: 1):
     """Answers for one call of one unit: the unit under `custom_vjp`."""
     info = survey.units[call.name]
     label, rule = self.rule_for(call.name)
     feedback = _feedback_of(call, info, label, rule, shared.get(label))
     key = call.key() if rule.stochastic else None
-    out, port = _wrap(call.unit, info, rule)(
+    out, port = _wrap(call.unit, info, rule, divisor(call.name))(
         call.params, feedback, call.inputs, key)
     if port is not None:
       call.write('ports', port, 'port')
@@ -469,7 +473,7 @@ def _feedback_of(call, info, label, rule, shared):
   return feedback
 
 
-def _wrap(unit, info, rule):
+def _wrap(unit, info, rule, divisor):
   """The unit as a function with the rule for its derivative."""
   unit.info = info
   has_port = rule.port(info) is not None
@@ -493,7 +497,7 @@ def _wrap(unit, info, rule):
     teaching, error = cotangents
     credit = rule.backward(
         unit, params, feedback, base.Activations(inputs, pre, out),
-        base.Signal(teaching, error, key))
+        base.Signal(teaching, error, key, divisor))
     return (credit.params, credit.feedback,
             _check_messages(info, rule, inputs, credit.inputs), None)
 

@@ -44,12 +44,21 @@ def apply(reduction: Reduction, updates: Any, count: int) -> Any:
   Returns:
     The updates.
   """
+  return tuple(
+      paths.map_with_name(
+          lambda name, u: u / divisor(reduction, name, count), tree)
+      for tree in updates)
+
+
+def divisor(reduction: Reduction, name: str, count: int) -> int:
+  """What the update of `name` is divided by: the number of losses, or 1.
+
+  Example:
+    >>> divisor({'Dense_0': 'sum'}, 'Dense_0/kernel', 128)
+    1
+  """
   if isinstance(reduction, str):
     reduction = {'*': reduction}
-
-  def scale(name, update):
-    kind = next(
-        (k for p, k in reduction.items() if paths.matches(p, name)), 'mean')
-    return update / count if kind == 'mean' else update
-
-  return tuple(paths.map_with_name(scale, tree) for tree in updates)
+  kind = next(
+      (k for p, k in reduction.items() if paths.matches(p, name)), 'mean')
+  return count if kind == 'mean' else 1

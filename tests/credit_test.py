@@ -80,22 +80,19 @@ def stacked(tree):
 
 class ShapeTest(parameterized.TestCase):
 
-  @parameterized.product(name=ALL, shape=((4, 3, 7), (4, 2, 3, 7)))
+  # Forward gradient draws other directions for another shape.
+  @parameterized.product(
+      name=sorted(set(ALL) - {'forward_gradient'}),
+      shape=((4, 3, 7), (4, 2, 3, 7)))
   def test_dense_on_more_axes_is_dense_on_flattened_ones(self, name, shape):
-    if name in ('direct_feedback_alignment', 'forward_gradient'):
-      self.assertEqual(learned(
-          name, zoo.Plain(), jax.random.normal(jax.random.key(3), shape),
-          jnp.zeros(shape[:-1], int))[3][1][0]['Dense_0']['kernel'].shape,
-                       (7, 6))
-      if name == 'forward_gradient':
-        return
     x = jax.random.normal(jax.random.key(3), shape)
     y = jnp.arange(x[..., 0].size).reshape(shape[:-1]) % 4
     net, variables, feedback, (_, grads) = learned(name, zoo.Plain(), x, y)
     rule = bpjax.rules.get(name)()
-    _, flat = zoo.learn(rule, net, LOSS)(
-        variables, feedback, x.reshape(-1, 7), y.reshape(-1))
-    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(flat)):
+    _, flat = zoo.learn(rule, net)(
+        variables, feedback, x.reshape(-1, 7), y.reshape(-1),
+        key=jax.random.key(2))
+    for a, b in zip(jax.tree.leaves(grads[0]), jax.tree.leaves(flat[0])):
       np.testing.assert_allclose(a, b, atol=1e-6)
 
   @parameterized.parameters(*ALL)

@@ -62,7 +62,9 @@ def _folder(tmp_path, request):
 
 
 def _environment(devices=1):
-  flags = f'--xla_force_host_platform_device_count={devices}'
+  # The last flag wins; the others are those of this process, for equal bits.
+  flags = (f'{os.environ.get("XLA_FLAGS", "")} '
+           f'--xla_force_host_platform_device_count={devices}')
   return {**os.environ, 'XLA_FLAGS': flags}
 
 

@@ -1,0 +1,247 @@
+"""What the convolutional models share: norms, residual blocks, checks.
+
+The models themselves are in `bpjax/models`, where each file is one model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+import functools
+from typing import Any
+
+from bpjax import activations
+import flax.linen as nn
+import jax.numpy as jnp
+
+NORMS = ('batch', 'group', 'none')
+SHORTCUTS = ('pad', 'projection')
+STEMS = ('cifar', 'imagenet')
+GROUP_SIZE = 8  # Channels that GroupNorm takes together.
+
+he_normal = nn.initializers.he_normal()
+
+
+def check_choice(name: str, value: Any, known: Sequence[str]) -> None:
+  """Raises a ValueError unless `value` is one of `known`.
+
+  Example:
+    >>> check_choice('norm', 'batch', NORMS)
+  """
+  if value not in known:
+    choices = ', '.join(map(repr, known[:-1])) + f' or {known[-1]!r}'
+    raise ValueError(f'`{name}` must be {choices}, got {value!r}.')
+
+
+def check_sizes(name: str, *sizes: int) -> None:
+  """Raises a ValueError unless all sizes are positive whole numbers.
+
+  Example:
+    >>> check_sizes('num_classes', 10)
+  """
+  for size in sizes:
+    if isinstance(size, bool) or int(size) != size or size < 1:
+      raise ValueError(
+          f'`{name}` must be made of positive whole numbers, got {size!r}.')
+
+
+def check_rate(name: str, rate: float) -> None:
+  """Raises a ValueError unless `rate` is that of a dropout.
+
+  Example:
+    >>> check_rate('dropout', .5)
+  """
+  if not 0 <= rate < 1:
+    raise ValueError(f'`{name}` must be in [0, 1), got {rate}.')
+
+
+def check_images(model: str, x: jnp.ndarray, smallest: int) -> None:
+  """Raises a ValueError unless `x` is a batch of images that are large enough.
+
+  Args:
+    model: the model's name, for the message.
+    x: the input, `[batch, height, width, channels]`.
+    smallest: the least height and width.
+
+  Example:
+    >>> check_images('lenet', jnp.ones((2, 32, 32, 1)), 16)
+  """
+  if x.ndim != 4:
+    raise ValueError(
+        f'`x` must be images [batch, height, width, channels] for `{model}`, '
+        f'got shape {x.shape}; add the missing axes.')
+  if min(x.shape[1:3]) < smallest:
+    raise ValueError(
+        f'`x` must be images of at least {smallest} x {smallest} for '
+        f'`{model}`, got {x.shape[1]} x {x.shape[2]}; enlarge them or choose a '
+        'model with less pooling.')
+
+
+def normalise(
+    x: jnp.ndarray, norm: str, train: bool, name: str) -> jnp.ndarray:
+  """Applies a norm inside a compact module.
+
+  Args:
+    x: `[batch, ..., channels]`.
+    norm: 'batch' (its running mean keeps 9/10 at each step), 'group' (groups
+      of `GROUP_SIZE` channels) or 'none'.
+    train: whether BatchNorm takes the batch's statistics and updates its own.
+    name: of the norm's module.
+
+  Returns:
+    An array in the shape of `x`.
+  """
+  if norm == 'batch':
+    return nn.BatchNorm(
+        use_running_average=not train, momentum=.9, name=name)(x)
+  if norm == 'group':
+    return nn.GroupNorm(num_groups=None, group_size=GROUP_SIZE, name=name)(x)
+  return x
+
+
+class ResidualBlock(nn.Module):
+  """Two 3x3 convolutions and a shortcut past them.
+
+  Attributes:
+    channels: of the output.
+    stride: of the first convolution and of the shortcut.
+    norm: one of `NORMS`; a convolution has a bias where there is no norm.
+    activation: after the first convolution, and after the sum.
+    shortcut: where the shape changes: 'pad' (every stride-th position, zeros
+      for the new channels) or 'projection' (a 1x1 convolution with its norm).
+    branch_scale: on the initial weights of the second convolution.
+  """
+  channels: int
+  stride: int
+  norm: str
+  activation: Callable[[jnp.ndarray], jnp.ndarray]
+  shortcut: str
+  branch_scale: float = 1.
+
+  @nn.compact
+  def __call__(self, x, train: bool = False):
+    conv = functools.partial(
+        nn.Conv, self.channels, use_bias=self.norm == 'none')
+    y = conv((3, 3), self.stride, 1, kernel_init=he_normal, name='conv_0')(x)
+    y = self.activation(normalise(y, self.norm, train, 'norm_0'))
+    y = conv(
+        (3, 3), padding=1, kernel_init=_scaled(self.branch_scale),
+        name='conv_1')(y)
+    y = normalise(y, self.norm, train, 'norm_1')
+    if x.shape != y.shape and self.shortcut == 'pad':
+      x = x[:, ::self.stride, ::self.stride]
+      x = jnp.pad(x, [(0, 0)] * 3 + [(0, self.channels - x.shape[-1])])
+    elif x.shape != y.shape:
+      x = conv(
+          (1, 1), self.stride, 0, kernel_init=he_normal,
+          name='conv_shortcut')(x)
+      x = normalise(x, self.norm, train, 'norm_shortcut')
+    return self.activation(x + y)
+
+
+class Stage(nn.Module):
+  """Residual blocks `block_0`, `block_1`, ... with the same channels.
+
+  Attributes:
+    blocks: their number.
+    stride: of the first block.
+    block: makes a block, from `stride` and `name`.
+  """
+  blocks: int
+  stride: int
+  block: Callable[..., ResidualBlock]
+
+  @nn.compact
+  def __call__(self, x, train: bool = False):
+    for i in range(self.blocks):
+      stride = self.stride if i == 0 else 1
+      x = self.block(stride=stride, name=f'block_{i}')(x, train)
+    return x
+
+
+class ResNet(nn.Module):
+  """A residual network; see `bpjax.models.resnet20` and `resnet18`.
+
+  Attributes:
+    num_classes: number of outputs.
+    widths: channels of each stage; every stage but the first halves the image.
+    blocks: residual blocks in each stage.
+    stem: 'cifar' (3x3 convolution) or 'imagenet' (7x7 convolution of stride 2,
+      then 3x3 max pooling of stride 2).
+    norm: one of `NORMS`.
+    activation: elementwise function.
+    shortcut: one of `SHORTCUTS`.
+  """
+  num_classes: int
+  widths: Sequence[int]
+  blocks: int
+  stem: str
+  norm: str
+  activation: Callable[[jnp.ndarray], jnp.ndarray]
+  shortcut: str
+
+  @nn.compact
+  def __call__(self, x, train: bool = False):
+    check_images('resnet', x, 1)
+    size, stride, padding = (7, 2, 3) if self.stem == 'imagenet' else (3, 1, 1)
+    x = nn.Conv(
+        self.widths[0], (size, size), stride, padding,
+        use_bias=self.norm == 'none', kernel_init=he_normal,
+        name='conv_stem')(x)
+    x = self.activation(normalise(x, self.norm, train, 'norm_stem'))
+    if self.stem == 'imagenet':
+      x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+    # Without a norm each block adds its branch's variance to the sum, which
+    # doubles it; shares of one keep it bounded at any depth.
+    branches = len(self.widths) * self.blocks
+    scale = branches ** -.5 if self.norm == 'none' else 1.
+    for i, width in enumerate(self.widths):
+      block = functools.partial(
+          ResidualBlock, width, norm=self.norm, activation=self.activation,
+          shortcut=self.shortcut, branch_scale=scale)
+      x = Stage(
+          self.blocks, 1 if i == 0 else 2, block, name=f'stage_{i + 1}')(
+              x, train)
+    return nn.Dense(self.num_classes, name='readout')(x.mean((1, 2)))
+
+
+def resnet(
+    num_classes: int, widths: Sequence[int], blocks: int, stem: str, norm: str,
+    activation: str, shortcut: str) -> ResNet:
+  """A `ResNet` from arguments that are checked.
+
+  Args:
+    num_classes: number of outputs.
+    widths: channels of each stage.
+    blocks: residual blocks in each stage.
+    stem: one of `STEMS`.
+    norm: one of `NORMS`.
+    activation: a name that `bpjax.activations.get` knows.
+    shortcut: one of `SHORTCUTS`.
+
+  Returns:
+    A module from images `[batch, height, width, channels]` to logits
+    `[batch, num_classes]`; its call takes `train`.
+
+  Raises:
+    ValueError: for an unknown stem, norm, activation or shortcut, or sizes
+      that are not positive.
+
+  Example:
+    >>> model = resnet(10, (16, 32), 2, 'cifar', 'group', 'relu', 'pad')
+  """
+  check_sizes('num_classes', num_classes)
+  check_choice('stem', stem, STEMS)
+  check_choice('norm', norm, NORMS)
+  check_choice('shortcut', shortcut, SHORTCUTS)
+  return ResNet(
+      num_classes, tuple(widths), blocks, stem, norm,
+      activations.get(activation), shortcut)
+
+
+def _scaled(scale):
+  """He's initialiser with its weights multiplied by `scale`."""
+  def init(key, shape, dtype=jnp.float32, out_sharding=None):
+    del out_sharding
+    return scale * he_normal(key, shape, dtype)
+
+  return he_normal if scale == 1 else init

@@ -1,0 +1,56 @@
+"""Scripts, run as a user runs them."""
+
+import os
+import subprocess
+import sys
+
+from absl.testing import absltest
+
+_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def run(script, *arguments):
+  """The finished process of `python scripts/SCRIPT ARGUMENTS`."""
+  return subprocess.run(
+      [sys.executable, os.path.join('scripts', script), *arguments], cwd=_ROOT,
+      env={**os.environ, 'PYTHONPATH': _ROOT}, capture_output=True, text=True,
+      timeout=300, check=False)
+
+
+class LaunayTable1Test(absltest.TestCase):
+
+  def test_numbers(self):
+    done = run('launay_table1.py')
+    self.assertEqual(done.returncode, 0, done.stderr)
+    # The outputs of conv_1_1 to dense_2, from the paper's configuration D.
+    outputs = [
+        channels * size ** 2
+        for channels, size, convolutions in (
+            (64, 224, 2), (128, 112, 2), (256, 56, 3), (512, 28, 3),
+            (512, 14, 3))
+        for _ in range(convolutions)] + [4096, 4096]
+    # The last convolution before each pooling is read at a quarter of its size.
+    pooled = sum(outputs[i] for i in (1, 3, 6, 9, 12)) * 3 // 4
+    self.assertEqual(sum(outputs), 13_555_712)
+    for entries in (sum(outputs), sum(outputs) - pooled):
+      self.assertIn(f'{entries:,}', done.stdout)
+      self.assertIn(f'{entries * 4000 / 1e9:.2f} GB', done.stdout)
+    self.assertIn(f'{max(outputs) * 4000 / 1e9:.2f} GB', done.stdout)
+    # 15*15*32 + 7*7*64 + 3*3*64 + 128 entries for ten classes.
+    self.assertIn('441,600 bytes allocated', done.stdout)
+    self.assertIn('288,000 bytes allocated', done.stdout)
+
+  def test_exits_with_1_outside_the_tolerance(self):
+    done = run('launay_table1.py', '--tolerance=.013')
+    self.assertEqual(done.returncode, 1, done.stderr)
+    self.assertIn('outside: independent: 54.22 GB', done.stderr)
+    self.assertNotIn('outside: shared', done.stderr)
+
+  def test_refuses_stray_arguments(self):
+    done = run('launay_table1.py', 'vgg19')
+    self.assertEqual(done.returncode, 2)
+    self.assertIn("error: unknown argument 'vgg19'", done.stderr)
+
+
+if __name__ == '__main__':
+  absltest.main()

@@ -79,7 +79,7 @@ class Rule:
           'zero everywhere (sign, round, a comparison); use a smooth '
           'activation or a straight-through one, '
           '`x + jax.lax.stop_gradient(jnp.sign(x) - x)`.')
-    for name, info in survey.units.items():
+    for name, info in survey.units.infos.items():
       label, rule = self.rule_for(name)
       if rule.port(info) not in (None, 'output'):
         raise ValueError(
@@ -109,7 +109,7 @@ class Rule:
     self.check(survey)
 
     def visit(call):
-      info = survey.units[call.name]
+      info = survey.units[call.name].info
       _, rule = self.rule_for(call.name)
       if call.read('feedback') is None and rule.init_unit is not no_feedback:
         feedback = rule.init_unit(call.key(), info, call.params)
@@ -121,7 +121,7 @@ class Rule:
       key, shared_key = jax.random.split(key)
       _, collections = net.run(variables, x, visit, key, ['feedback', *state])
       feedback = linen.unpack(collections.get('feedback', {}))
-      shared = self._init_shared(shared_key, survey.units)
+      shared = self._init_shared(shared_key, survey.units.infos)
       return {**feedback, SHARED: shared} if shared else feedback
 
     state = [c for c in variables if c not in _OWN]
@@ -290,7 +290,7 @@ class Rule:
 
   def _visit(self, call, survey, shared, divisor=lambda unit: 1):
     """Answers for one call of one unit: the unit under `custom_vjp`."""
-    info = survey.units[call.name]
+    info = survey.units[call.name].info
     label, rule = self.rule_for(call.name)
     feedback = _feedback_of(call, info, label, rule, shared.get(label))
     key = call.key() if rule.stochastic else None
@@ -326,7 +326,7 @@ class Rule:
     def apply(variables, feedback, x, *, key=None, mutable=False):
       survey = net.survey(variables, x)
       self.check(survey)
-      for name, info in survey.units.items():
+      for name, info in survey.units.infos.items():
         label, rule = self.rule_for(name)
         if rule.port(info):
           raise ValueError(

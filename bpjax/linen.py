@@ -106,9 +106,10 @@ class Network:
 
   @property
   def units(self) -> survey_lib.Units:
-    """Name -> `UnitInfo`, in the order of the calls.
+    """Name -> unit, in the order of the calls.
 
-    `net.units.exact` lists the parameters that no unit owns (norm scales, raw
+    A unit has `info` and its pure functions (`bpjax.Unit`): what
+    `rule.backward` takes. `net.units.exact` lists the parameters that no unit owns (norm scales, raw
     `self.param`): a credit rule leaves them on their exact gradient.
     Known once the network has seen an input's shape (`init`).
     """
@@ -227,8 +228,8 @@ class Call:
       return jax.tree.unflatten(structure, filled)
 
     self.name = '/'.join(module.scope.path)
-    self.module = module
     self.inputs = tuple(jnp.asarray(leaves[i]) for i in slots)
+    leaves = [None if _is_array(leaf) else leaf for leaf in leaves]
     self.params = nn.meta.unbox(module.variables.get('params', {}))
     self._module = module
     self._next_fun = next_fun
@@ -275,15 +276,15 @@ class Call:
 
 
 class LinenUnit:
-  """The pure functions of one unit. See `base.Unit`."""
+  """The pure functions of one unit; holds no arrays. See `base.Unit`."""
 
   def __init__(self, module, arguments, suspend):
     self._module = module.clone(parent=None, name=None)
     self._arguments = arguments
     self._suspend = suspend
     self.info: base.UnitInfo | None = None
+    self.affine_module = self._module
     self.owns_activation = not isinstance(module, _AFFINE)
-    self.affine_module = module
     state = sorted(set(module.variables) - {'params', *base.COLLECTIONS})
     if self.owns_activation and state:
       raise ValueError(
@@ -315,7 +316,7 @@ class LinenUnit:
           f'`is_unit` chose `{type(self._module).__name__}`, which calls '
           f'{len(seen)} affine operations; a unit has exactly one: choose the '
           'smaller modules inside it.')
-    self.affine_module = seen[0][0]
+    self.affine_module = seen[0][0].clone(parent=None, name=None)
     return out, seen[0][1]
 
   def affine(self, params, inputs):

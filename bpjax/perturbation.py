@@ -68,7 +68,7 @@ class Rule:
     """Unit -> the rule that trains it; also the parameters without a unit."""
     units = net.survey(variables, x).units
     trained = {}
-    for name, info in units.items():
+    for name, info in units.infos.items():
       exact = self.exact_readout and info.is_output
       trained[name] = 'exact gradient (readout)' if exact else self.name
     return trained | {p: self.name for p in units.exact}
@@ -184,7 +184,7 @@ class _Plan:
     self._state = {c: v for c, v in variables.items() if c != 'params'}
     self._params = variables['params']
     self._readout = next(
-        (n for n, i in survey.units.items() if i.is_output), None)
+        (n for n, i in survey.units.infos.items() if i.is_output), None)
     self._coupled = bool(survey.batch_coupled)
     self._owners = set()
     batch = jax.tree.leaves(x)[0].shape[0]

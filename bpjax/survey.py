@@ -18,23 +18,28 @@ _MARK = 'bpjax:'
 _POSITIONWISE = ('Dense', 'DenseGeneral')
 
 
-class Units(dict[str, base.UnitInfo]):
-  """Name -> `UnitInfo`, in the order of the calls.
+class Units(dict[str, base.Unit]):
+  """Name -> unit, in the order of the calls.
 
   Attributes:
     exact: the paths of the parameters that no unit owns.
   """
 
-  def __init__(self, units: Mapping[str, base.UnitInfo], exact: tuple[str, ...]):
+  def __init__(self, units: Mapping[str, base.Unit], exact: tuple[str, ...]):
     super().__init__(units)
     self.exact = exact
 
   def __repr__(self):
     rows = [
         f'{name or "(root)"}: {info.kind} {info.inputs[0].shape} -> '
-        f'{info.out.shape}' for name, info in self.items()]
+        f'{info.out.shape}' for name, info in self.infos.items()]
     rows += [f'{name}: no unit, exact gradient' for name in self.exact]
     return '\n'.join(rows)
+
+  @property
+  def infos(self) -> dict[str, base.UnitInfo]:
+    """Name -> what is known of the unit."""
+    return {name: unit.info for name, unit in self.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,9 +117,11 @@ def take(net: Any, variables: Mapping[str, Any], x: Any) -> Survey:
 
   order = list(dict.fromkeys(name for name, _ in marks))
   last = marks[-1][0] if marks else None
-  units = {
-      name: _info(name, notes[name], output, name == last,
-                  sum(n == name for n, _ in marks)) for name in order}
+  units = {}
+  for name in order:
+    calls = sum(n == name for n, _ in marks)
+    units[name] = notes[name]['unit']
+    units[name].info = _info(name, notes[name], output, name == last, calls)
   owned = lambda path: any(
       name == '' or path.startswith(name + '/') for name in units)
   exact = tuple(

@@ -76,7 +76,7 @@ def trace(model, image):
 
 def hidden_layers(net) -> list[Layer]:
   """The hidden layers of a chain of units, in the order of the calls."""
-  units = list(net.units.values())
+  units = list(net.units.infos.values())
   return [
       Layer(unit.name, math.prod(unit.out.shape[1:]),
             math.prod(reader.inputs[0].shape[1:]))

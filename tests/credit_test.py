@@ -163,7 +163,7 @@ class SharingTest(float64.Float64TestCase):
     x = jax.random.normal(jax.random.key(3), (4, 5))
     y = jnp.arange(4) % 3
     net, variables, x = float64.setup(Shared(), x)
-    self.assertEqual(net.units['Dense_0'].calls, 2)
+    self.assertEqual(net.units['Dense_0'].info.calls, 2)
     exact = jax.grad(lambda p: LOSS(
         Shared().apply({'params': p}, x), y).mean())(variables['params'])
     fa = bpjax.rules.feedback_alignment()
@@ -283,7 +283,7 @@ class CompositionTest(float64.Float64TestCase):
     net, variables, x = float64.setup(
         Net(), x, is_unit=lambda module: isinstance(module, Block))
     self.assertEqual(list(net.units), ['Block_0', 'Block_1', 'Dense_0'])
-    self.assertEqual(net.units['Block_1'].kind, 'Dense')
+    self.assertEqual(net.units['Block_1'].info.kind, 'Dense')
     exact = jax.grad(lambda p: LOSS(
         Net().apply({'params': p}, x), y).mean())(variables['params'])
     for rule in (bpjax.rules.backprop(), bpjax.rules.feedback_alignment()):

@@ -74,7 +74,7 @@ class NetworkErrorsTest(parameterized.TestCase):
     net, variables, feedback = initialise(
         bpjax.rules.feedback_alignment(), Frozen())
     self.assertEqual(feedback, {})  # Nothing below hears of it.
-    self.assertFalse(net.units['Dense_0'].taught)
+    self.assertFalse(net.units['Dense_0'].info.taught)
     del variables
 
   @parameterized.parameters(*bpjax.rules.names())

@@ -201,26 +201,20 @@ class WeightMirrorTest(float64.Float64TestCase):
     net, variables, x = float64.setup(model, x)
     rule = bpjax.rules.weight_mirror(samples=6, sigma=.5, rate=.3, decay=.1)
     feedback = rule.init(jax.random.key(1), net, variables, x)
-    seen = []
-
-    def visit(call):
-      pre, out = call.unit(call.params, call.inputs)
-      if call.name == 'Dense_1':
-        call.unit.info = net.units['Dense_1']
-        seen.append(rule.backward(
-            call.unit, call.params, feedback['Dense_1'],
-            bpjax.Activations(call.inputs, pre, out),
-            bpjax.Signal(jnp.zeros_like(out), None, jax.random.key(4), 5)))
-      return out
-
-    net.run(variables, x, visit, None, [])
+    unit, params = net.units['Dense_1'], variables['params']['Dense_1']
+    inputs = (jnp.ones((5, 6)),)
+    pre = unit.affine(params, inputs)
+    credit = rule.backward(
+        unit, params, feedback['Dense_1'],
+        bpjax.Activations(inputs, pre, unit.activation(params, pre, inputs)),
+        bpjax.Signal(jnp.zeros_like(pre), None, jax.random.key(4), 5))
     noise = .5 * np.asarray(jax.random.normal(
         jax.random.split(jax.random.key(4), 1)[0], (6, 6), jnp.float64))
     weights = np.asarray(variables['params']['Dense_1']['kernel'])
     expected = .1 * np.asarray(feedback['Dense_1']['kernel']) - (
         .3 * noise.T @ (noise @ weights) / 6)
     np.testing.assert_allclose(
-        seen[0].feedback['kernel'] / 5, expected, atol=1e-14)
+        credit.feedback['kernel'] / 5, expected, atol=1e-14)
 
   def test_arguments(self):
     for name, value in (

@@ -145,6 +145,37 @@ class ReferenceTest(float64.Float64TestCase):
     self.assert_close(grads, jax.tree.map(lambda g: g * 4, expected), 1e-13)
 
 
+class BackwardTest(float64.Float64TestCase):
+  """`rule.backward`, one unit at a time, outside any engine."""
+
+  def test_chain_by_hand_equals_the_engine(self):
+    model, x, y = zoo.inputs('plain')
+    net, variables, x = float64.setup(model, x)
+    params = variables['params']
+    for name in ('backprop', 'feedback_alignment', 'direct_feedback_alignment',
+                 'kolen_pollack'):
+      rule = bpjax.rules.get(name)()
+      feedback = rule.init(jax.random.key(1), net, variables, x)
+      (_, aux), expected = zoo.learn(rule, net, reduction='sum')(
+          variables, feedback, x, y)
+      error = jax.grad(lambda out: LOSS(out, y).sum())(aux.output)
+      activations, h = {}, x
+      for unit in net.units.values():
+        pre = unit.affine(params[unit.info.name], (h,))
+        activations[unit.info.name] = bpjax.Activations((h,), pre, pre)
+        h = jnp.tanh(pre)
+      teaching, grads = error, {}
+      for unit in reversed(net.units.values()):
+        own = unit.info.name
+        credit = rule.backward(
+            unit, params[own], feedback.get(own), activations[own],
+            bpjax.Signal(teaching, error, None))
+        grads[own] = credit.params
+        if credit.inputs[0] is not None:  # Through tanh, to the unit below.
+          teaching = credit.inputs[0] * (1 - activations[own].inputs[0]**2)
+      self.assert_close(grads, expected[0], 1e-14)
+
+
 class DirectFeedbackTest(float64.Float64TestCase):
 
   def test_one_hidden_layer_equals_feedback_alignment(self):

@@ -50,6 +50,8 @@ class Rule:
       None.
     learns_feedback: whether an optimiser may touch the feedback.
     stochastic: whether `backward` draws random numbers (`signal.key`).
+    mirrors: whether the feedback learns from noise, not from the data, so that
+      a trainer may choose at which steps it does.
     linear: whether the rule is linear in the error, as `bind` needs.
     weight_target: `(units, params, feedback) -> {unit: weights}`: what the
       rule's weights should align with, for `bpjax.alignment`; or None.
@@ -61,6 +63,7 @@ class Rule:
   port: Callable[[base.UnitInfo], str | None] = no_port
   learns_feedback: bool = False
   stochastic: bool = False
+  mirrors: bool = False
   linear: bool = True
   weight_target: Callable[..., Mapping[str, base.Tree]] | None = None
 
@@ -147,6 +150,11 @@ class Rule:
     """
     return paths.map_with_name(
         lambda name, _: self._rule_of_leaf(name).learns_feedback, feedback)
+
+  def mirrored(self, feedback: base.Tree) -> base.Tree:
+    """A tree of bools: which feedback learns from noise (`mirrors`)."""
+    return paths.map_with_name(
+        lambda name, _: self._rule_of_leaf(name).mirrors, feedback)
 
   def _rule_of_leaf(self, name):
     return self.rule_for(name.removeprefix(SHARED + '/'))[1]

@@ -64,6 +64,10 @@ class Rule:
     """A tree of bools for the feedback: empty, as the feedback is."""
     return jax.tree.map(lambda _: False, feedback)
 
+  def mirrored(self, feedback: base.Tree) -> base.Tree:
+    """A tree of bools for the feedback: empty, as the feedback is."""
+    return jax.tree.map(lambda _: False, feedback)
+
   def units(self, net, variables, x) -> dict[str, str]:
     """Unit -> the rule that trains it; also the parameters without a unit."""
     units = net.survey(variables, x).units

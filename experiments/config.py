@@ -37,7 +37,7 @@ _AT_LEAST = {
     'alignment_every': 0, 'batch_size': 1, 'checkpoint_every': 0,
     'clip_norm': 0, 'epochs': 1, 'eval_batch_size': 1,
     'feedback_learning_rate': 0, 'keep_checkpoints': 1, 'learning_rate': 0,
-    'log_every': 0, 'momentum': 0, 'seed': 0, 'steps_per_call': 0,
+    'log_every': 0, 'mirror_every': 1, 'mirror_first': 0, 'momentum': 0, 'seed': 0, 'steps_per_call': 0,
     'train_examples': 0, 'validation': 0, 'warmup_epochs': 0,
     'weight_decay': 0,
 }
@@ -82,6 +82,10 @@ def default() -> ml_collections.ConfigDict:
   config.clip_norm = 0.  # Largest norm of all updates together; 0: any.
   config.feedback_optimizer = ''  # Of feedback that is trained; '': the same.
   config.feedback_learning_rate = 0.  # Of that optimizer; 0: learning_rate.
+  # The weight mirror's schedule: its feedback learns at every n-th step, and in
+  # `mirror_first` steps of its own before the first one.
+  config.mirror_every = 1
+  config.mirror_first = 0
   config.seed = 0  # Of everything random: initialisation, order, noise.
 
   # What is recorded. Steps, except for keep_checkpoints.

@@ -78,6 +78,8 @@ class Learner:
     std: their standard deviation, `[channels]`.
     seed: of everything random.
     mesh: the devices; a batch is split over its axis `data`.
+    mirror_every: feedback that learns from noise does so at every n-th step.
+    mirror_first: steps of it alone before the first one.
   """
   net: Any
   rule: Any
@@ -89,6 +91,8 @@ class Learner:
   std: np.ndarray
   seed: int
   mesh: jax.sharding.Mesh
+  mirror_every: int = 1
+  mirror_first: int = 0
 
   def init(self) -> TrainState:
     """The state before the first step."""
@@ -101,9 +105,29 @@ class Learner:
     learned = {
         'params': params,
         'feedback': optimizer.trained(self.rule.trainable(feedback), feedback)}
-    return TrainState(
+    state = TrainState(
         jnp.int32(0), params, feedback, self.tx.init(learned), model_state,
         jax.tree.map(jnp.asarray, empty_window()))
+    mirrors = any(jax.tree.leaves(self.rule.mirrored(feedback)))
+    if not mirrors and (self.mirror_every, self.mirror_first) != (1, 0):
+      raise ValueError(
+          f'`mirror_every` and `mirror_first` need a rule that mirrors, and '
+          f'{self.rule.name!r} does not; leave them at 1 and 0.')
+    if self.mirror_first:
+      state = jax.lax.fori_loop(
+          0, self.mirror_first, lambda i, s: self._mirror(s, i), state)
+    return state
+
+  def _mirror(self, state: TrainState, i: jax.Array) -> TrainState:
+    """One step of the mirrored feedback alone: no data, no other update."""
+    images = jnp.zeros(self.input_shape, jnp.uint8)
+    labels = jnp.zeros(self.input_shape[:1], jnp.int32)
+    # Keys below 0: those from 0 on belong to the steps of training.
+    after, _ = self.step(state._replace(step=-1 - i), images, labels)
+    feedback = jax.tree.map(
+        lambda mirrored, new, old: new if mirrored else old,
+        self.rule.mirrored(state.feedback), after.feedback, state.feedback)
+    return state._replace(feedback=feedback)
 
   def units(self) -> dict[str, str]:
     """Unit -> name of the rule that trains it, without computing anything."""
@@ -171,12 +195,21 @@ class Learner:
         state.window.loss + loss,
         state.window.correct + jnp.sum(_correct(aux.output, labels)),
         state.window.steps + 1)
-    feedback = optimizer.merged(
-        trainable, learned['feedback'], state.feedback)
+    feedback = self._mirrored_now(state, optimizer.merged(
+        trainable, learned['feedback'], state.feedback))
     state = TrainState(
         state.step + 1, learned['params'], feedback, opt_state,
         {**state.model_state, **aux.model_state}, window)
     return state, loss
+
+  def _mirrored_now(self, state, feedback):
+    """The new feedback, or the old where it learns at other steps only."""
+    if self.mirror_every == 1:
+      return feedback
+    now = state.step % self.mirror_every == 0
+    return jax.tree.map(
+        lambda mirrored, new, old: jnp.where(now, new, old) if mirrored else new,
+        self.rule.mirrored(feedback), feedback, state.feedback)
 
   def evaluate(
       self, params: Any, model_state: Any, images: jax.Array,

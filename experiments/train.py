@@ -103,7 +103,8 @@ def setup(
       reduction={**dict(config.reduction_by_path), '*': config.reduction},
       tx=optimizer.build(config, feed.steps_per_epoch),
       input_shape=(config.batch_size, *dataset.image_shape), mean=dataset.mean,
-      std=dataset.std, seed=config.seed, mesh=mesh)
+      std=dataset.std, seed=config.seed, mesh=mesh,
+      mirror_every=config.mirror_every, mirror_first=config.mirror_first)
   like = _placed(jax.eval_shape(learner.init), learner, config)
   most, programs = _compile(config, learner, feed, like)
   return Run(

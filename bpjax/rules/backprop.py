@@ -18,7 +18,8 @@ def backprop() -> credit.Rule:
   Equal to `jax.grad`; here as the control of every experiment, and for units
   that shall keep their gradient under `bpjax.rules.by_path`.
 
-  Tried: Adam, learning rate 1e-3, on MNIST with two layers of 256.
+  Tried: MNIST, two layers of 256 relu units, 5 epochs, batch 128, Adam 2e-3 with
+  a cosine: 98.4% test accuracy.
 
   Returns:
     A rule without feedback.

@@ -22,11 +22,13 @@ def feedback_alignment(scale: float = 1.) -> credit.Rule:
   layer's own update is exact. Activations and norms keep their exact VJP, norm
   scales included.
 
-  Tried: Adam or AdamW, learning rate 1e-3, no decay; B with the standard
-  deviation of W, `1 / sqrt(fan-in)`. Scaling B scales every lower update by the
-  same factor: no matter to Adam, but to SGD. What fails: deep convolutional
-  nets and transformers of more than about two layers learn far less than with
-  backprop.
+  Tried: MNIST, 5 epochs, batch 128, Adam 2e-3 with a cosine and no decay, B with
+  the standard deviation of W, `1 / sqrt(fan-in)`: 96.5% test accuracy with two
+  layers of 256 relu units; a constant rate is unsteady. With five layers, relu
+  falls to 91.5% and tanh keeps 96.6%. Scaling B scales every lower update by the
+  same factor: no matter to Adam, but to SGD. What fails: deep relu nets (use
+  tanh), and by the literature convolutional nets and transformers of more than
+  a few layers.
 
   Args:
     scale: factor on the standard deviation of B.

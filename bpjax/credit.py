@@ -14,9 +14,11 @@ import functools
 from typing import Any
 
 from bpjax import base
+from bpjax import checks
 from bpjax import linen
 from bpjax import paths
 from bpjax import reduction as reduction_lib
+from bpjax import unit as unit_lib
 import jax
 import jax.numpy as jnp
 
@@ -67,6 +69,11 @@ class Rule:
   linear: bool = True
   weight_target: Callable[..., Mapping[str, base.Tree]] | None = None
 
+  @property
+  def keeps_feedback(self) -> bool:
+    """Whether units have feedback of their own."""
+    return self.init_unit is not no_feedback
+
   def rule_for(self, unit: str) -> tuple[str, Rule]:
     """The rule that trains `unit`, and the name that its shared part has."""
     del unit
@@ -74,7 +81,7 @@ class Rule:
 
   def check(self, survey: Any) -> None:
     """Raises a ValueError for a network that the rule cannot train."""
-    check_visible(survey)
+    checks.check_visible(survey)
     for unit in survey.blocked:
       raise ValueError(
           f'no error can reach unit `{unit}` under `{self.rule_for(unit)[0]}`: '
@@ -88,7 +95,7 @@ class Rule:
         raise ValueError(
             f"`port` of rule `{label}` must be None or 'output' at unit "
             f'`{name}`, got {rule.port(info)!r}.')
-      _check_unit(name, info, label, rule, survey)
+      checks.check_unit(name, info, label, rule, survey)
 
   def init(
       self, key: base.Key, net: linen.Network, variables: Mapping[str, Any],
@@ -114,7 +121,7 @@ class Rule:
     def visit(call):
       info = survey.units[call.name].info
       _, rule = self.rule_for(call.name)
-      if call.read('feedback') is None and rule.init_unit is not no_feedback:
+      if call.read('feedback') is None and rule.keeps_feedback:
         feedback = rule.init_unit(call.key(), info, call.params)
         if feedback is not None:
           call.write('feedback', feedback)
@@ -123,7 +130,7 @@ class Rule:
     def draw(key, variables, x):
       key, shared_key = jax.random.split(key)
       _, collections = net.run(variables, x, visit, key, ['feedback', *state])
-      feedback = linen.unpack(collections.get('feedback', {}))
+      feedback = unit_lib.unpack(collections.get('feedback', {}))
       shared = self._init_shared(shared_key, survey.units.infos)
       return {**feedback, SHARED: shared} if shared else feedback
 
@@ -238,7 +245,7 @@ class Rule:
     def forward(params, feedback, probes):
       own = {k: v for k, v in feedback.items() if k != SHARED}
       collections = {
-          **state, 'params': params, 'feedback': linen.pack(own, params)}
+          **state, 'params': params, 'feedback': unit_lib.pack(own, params)}
       if probes is not None:
         collections['probes'] = probes
       output, state_out = net.run(
@@ -261,7 +268,7 @@ class Rule:
       The mean updates of the parameters, and a collection of the teaching
       signals: under each unit's name an array for each of its calls.
     """
-    check_lists(net.survey(variables, x), 'probes', 'the alignment')
+    checks.check_lists(net.survey(variables, x), 'probes', 'the alignment')
 
     def visit(call):
       out = call.original()
@@ -343,7 +350,7 @@ class Rule:
       own = {k: v for k, v in feedback.items() if k != SHARED}
       state = [c for c in variables if c not in _OWN]
       output, state_out = net.run(
-          {**variables, 'feedback': linen.pack(own, variables['params'])}, x,
+          {**variables, 'feedback': unit_lib.pack(own, variables['params'])}, x,
           functools.partial(
               self._visit, survey=survey, shared=feedback.get(SHARED, {})),
           key, state)
@@ -354,119 +361,15 @@ class Rule:
     return apply
 
 
-@dataclasses.dataclass(frozen=True)
-class _ByPath(Rule):
-  """Different rules for different units. Made by `by_path`."""
-  rules: tuple[tuple[str, Rule], ...] = ()
-
-  def rule_for(self, unit):
-    for pattern, rule in self.rules:
-      if paths.matches(pattern, unit):
-        return pattern, rule.rule_for(unit)[1]
-    raise ValueError(
-        f'no pattern of `by_path` matches unit `{unit}`; got '
-        f'{[p for p, _ in self.rules]}: add for example '
-        "`'*': bpjax.rules.backprop()` as the last one.")
-
-  def check(self, survey):
-    for pattern, _ in self.rules:
-      if not any(paths.matches(pattern, name) for name in survey.units):
-        raise ValueError(
-            f'pattern `{pattern}` of `by_path` matches no unit; '
-            f'{paths.nearest(pattern, survey.units)}.')
-    super().check(survey)
-
-
-def by_path(rules: Mapping[str, Rule]) -> Rule:
-  """Gives different units different rules.
-
-  The rule of a unit decides what the unit does with the signal that reaches it,
-  and what it *sends below*. What it is taught by is decided by the rules above
-  it: for direct feedback alignment up to layer 3, give the rule to layer 4, too,
-  since it is layer 4 that hands its error down.
-
-  Args:
-    rules: pattern -> rule (of the credit engine). A pattern is a glob or a
-      regular expression on the unit's path, or on that of a module around it;
-      the first that matches wins, and every unit needs one.
-
-  Returns:
-    A rule.
-
-  Raises:
-    ValueError: for a rule of another engine; when the network is known, for a
-      unit without a pattern and for a pattern without a unit.
-
-  Example:
-    >>> import bpjax
-    >>> rule = bpjax.rules.by_path({
-    ...     'Dense_0': bpjax.rules.backprop(),
-    ...     '*': bpjax.rules.feedback_alignment()})
-  """
-  if not rules:
-    raise ValueError('`by_path` needs at least one pattern, got none.')
-  for pattern, rule in rules.items():
-    if not isinstance(rule, Rule):
-      raise ValueError(
-          f'`by_path` combines rules of the credit engine; `{pattern}` got '
-          f'{getattr(rule, "name", rule)!r}, which is none.')
-  return _ByPath(
-      name='by_path', backward=None, rules=tuple(rules.items()),
-      linear=all(rule.linear for rule in rules.values()))
-
-
-def check_visible(survey: Any) -> None:
-  """Raises for a unit inside `nn.jit`, where no rule can see it reliably."""
-  for unit in survey.jitted:
-    raise ValueError(
-        f'unit `{unit}` is inside `nn.jit`, which keeps traces that a rule has '
-        'not seen; use the module without `nn.jit`: the whole step is compiled '
-        'anyway.')
-
-
 def split(key: base.Key | None) -> tuple[base.Key | None, base.Key | None]:
   """A step's key for the model's run, and one for the engine's own draws."""
   return (None, None) if key is None else tuple(jax.random.split(key))
 
 
-def check_lists(survey: Any, collection: str, who: str) -> None:
-  """Raises for an `nn.scan` that does not pass on a collection."""
-  for unit, lacks in survey.lacks.items():
-    if collection in lacks:
-      raise ValueError(_unlisted(unit, collection, who))
-
-
-def _unlisted(unit, collection, who):
-  where = ("`split_rngs={..., 'rule': True}`" if collection == 'rule' else
-           f"`variable_axes={{..., '{collection}': 0}}`")
-  return (
-      f'unit `{unit}` is inside an `nn.scan` (or another lifted transform) that '
-      f'does not pass on `{collection}`, which {who} needs there; add {where} '
-      "to it (where it broadcasts 'params', broadcast 'feedback', too).")
-
-
-def _check_unit(name, info, label, rule, survey):
-  needs = {
-      'feedback': rule.init_unit is not no_feedback and info.sends,
-      'ports': rule.port(info) is not None, 'rule': rule.stochastic}
-  for collection in survey.lacks.get(name, ()):
-    if needs.get(collection):
-      raise ValueError(_unlisted(name, collection, f'rule `{label}`'))
-  if info.calls > 1 and rule.port(info) is not None:
-    raise ValueError(
-        f'unit `{name}` is called {info.calls} times in one forward pass, and '
-        f'rule `{label}` brings the error to each unit once; give each call a '
-        'unit of its own, or this one another rule with `by_path`.')
-  if rule.port(info) and not hasattr(info.net_output, 'shape'):
-    raise ValueError(
-        f'rule `{label}` projects the error of one output array, and the model '
-        f'returns {type(info.net_output).__name__}; return the array alone.')
-
-
 def _feedback_of(call, info, label, rule, shared):
   """The feedback of a unit: its own, else what it shares; checked."""
   feedback = call.read('feedback')
-  if rule.init_unit is no_feedback:
+  if not rule.keeps_feedback:
     return shared
   expected = jax.eval_shape(
       lambda k, p: rule.init_unit(k, info, p), jax.random.key(0), call.params)

@@ -14,16 +14,15 @@ from typing import Any
 
 from bpjax import base
 from bpjax import survey as survey_lib
+from bpjax import unit as unit_lib
 import flax
 import flax.linen as nn
 from flax.linen import linear
 import jax
-import jax.numpy as jnp
 
 _AFFINE = (
     nn.Dense, nn.DenseGeneral, linear._Conv, nn.ConvTranspose, nn.Einsum,  # pylint: disable=protected-access
     nn.Embed)
-_BARE = 'value'  # Name of the variable that holds a collection's bare array.
 _TRACE_IDS = itertools.count()
 
 
@@ -73,17 +72,16 @@ def from_linen(
   return Network(model, is_unit, dict(train_args), dict(eval_args), tuple(rngs))
 
 
-class Network:
+class Network(survey_lib.Network):
   """A model seen as units. Made by `from_linen`."""
 
   def __init__(self, model, is_unit, train_args, eval_args, rngs):
+    super().__init__()
     self.model = model
     self._is_unit = is_unit or (lambda module: False)
     self._train_args = train_args
     self._eval_args = eval_args
     self._rngs = rngs
-    self._surveys = {}
-    self._latest = None
 
   def init(self, key: base.Key, x: Any) -> dict[str, Any]:
     """Initialises the model.
@@ -95,38 +93,16 @@ class Network:
     Returns:
       The variables: `params` and the model's own collections.
     """
-    variables = dict(self.model.init(key, *as_inputs(x), **self._eval_args))
+    inputs = unit_lib.as_inputs(x)
+    variables = dict(self.model.init(key, *inputs, **self._eval_args))
     variables.setdefault('params', {})
     self.survey(variables, x)
     return variables
 
   def apply(self, variables: Mapping[str, Any], x: Any) -> Any:
     """The model's output in evaluation mode, for `x` as in `init`."""
-    return self.model.apply(variables, *as_inputs(x), **self._eval_args)
-
-  @property
-  def units(self) -> survey_lib.Units:
-    """Name -> unit, in the order of the calls.
-
-    A unit has `info` and its pure functions (`bpjax.Unit`): what
-    `rule.backward` takes. `net.units.exact` lists the parameters that no unit owns (norm scales, raw
-    `self.param`): a credit rule leaves them on their exact gradient.
-    Known once the network has seen an input's shape (`init`).
-    """
-    if self._latest is None:
-      raise ValueError(
-          '`net.units` is not known before the network has seen an input; call '
-          '`net.init(key, x)` first.')
-    return self._latest.units
-
-  def survey(self, variables: Mapping[str, Any], x: Any) -> survey_lib.Survey:
-    """What is known of the units for inputs of this shape; traced once."""
-    leaves, structure = jax.tree.flatten((variables, x))
-    cache_key = (structure, tuple(map(jax.typeof, leaves)))
-    if cache_key not in self._surveys:
-      self._surveys[cache_key] = survey_lib.take(self, variables, x)
-    self._latest = self._surveys[cache_key]
-    return self._latest
+    inputs = unit_lib.as_inputs(x)
+    return self.model.apply(variables, *inputs, **self._eval_args)
 
   def run(
       self,
@@ -136,7 +112,7 @@ class Network:
       key: base.Key | None,
       mutable: Sequence[str],
       owners: bool = False,
-      watch: Callable[..., None] | None = None,
+      watch: Callable[[str], None] | None = None,
   ) -> tuple[Any, dict[str, Any]]:
     """Runs the model in training mode; `visit` answers for every unit's call.
 
@@ -148,7 +124,7 @@ class Network:
       mutable: the collections to return.
       owners: visit every leaf module that owns parameters, norms included,
         instead of the units.
-      watch: is told of every module's call, `(module, args, kwargs)`.
+      watch: is told the name of every module that normalises over the batch.
 
     Returns:
       The model's output, and the mutable collections.
@@ -164,7 +140,7 @@ class Network:
     try:
       with nn.intercept_methods(interceptor):
         output, collections = self.model.apply(
-            variables, *as_inputs(x), **self._train_args, rngs=rngs,
+            variables, *unit_lib.as_inputs(x), **self._train_args, rngs=rngs,
             mutable=[*mutable, fresh])
     except flax.errors.InvalidRngError as error:
       raise ValueError(
@@ -190,8 +166,8 @@ class _Interceptor:
     if (self._suspended or context.method_name != '__call__'
         or module.scope is None or module.is_initializing()):
       return next_fun(*args, **kwargs)
-    if self._watch is not None:
-      self._watch(module, args, kwargs)
+    if self._watch is not None and _couples_the_batch(module, args, kwargs):
+      self._watch('/'.join(module.scope.path))
     if self._owners:
       chosen = _is_owner(module)
     else:
@@ -217,19 +193,8 @@ class Call:
   """One call of one unit, inside the running model."""
 
   def __init__(self, module, next_fun, args, kwargs, index, suspend, owners):
-    bound = inspect.signature(next_fun).bind(*args, **kwargs)
-    leaves, structure = jax.tree.flatten((bound.args, bound.kwargs))
-    slots = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
-
-    def arguments(inputs):
-      filled = list(leaves)
-      for slot, value in zip(slots, inputs):
-        filled[slot] = value
-      return jax.tree.unflatten(structure, filled)
-
     self.name = '/'.join(module.scope.path)
-    self.inputs = tuple(jnp.asarray(leaves[i]) for i in slots)
-    leaves = [None if _is_array(leaf) else leaf for leaf in leaves]
+    self.inputs, arguments = unit_lib.take_apart(next_fun, args, kwargs)
     self.params = nn.meta.unbox(module.variables.get('params', {}))
     self._module = module
     self._next_fun = next_fun
@@ -256,14 +221,14 @@ class Call:
     if name is not None:
       return stored.get(f'{name}_{self._index}')
     stored = dict(stored)
-    return stored[_BARE] if set(stored) == {_BARE} else stored
+    return stored[unit_lib.BARE] if set(stored) == {unit_lib.BARE} else stored
 
   def write(self, collection: str, value: Any, name: str | None = None):
     """Keeps `value` as this unit's part of a collection, or of this call."""
     if name is not None:
       value = {f'{name}_{self._index}': value}
     elif not isinstance(value, Mapping):
-      value = {_BARE: value}
+      value = {unit_lib.BARE: value}
     for k, v in value.items():
       self._module.put_variable(collection, k, v)
 
@@ -275,14 +240,13 @@ class Call:
     return self._module.has_rng('rule')
 
 
-class LinenUnit:
+class LinenUnit(unit_lib.PureUnit):
   """The pure functions of one unit; holds no arrays. See `base.Unit`."""
 
   def __init__(self, module, arguments, suspend):
     self._module = module.clone(parent=None, name=None)
     self._arguments = arguments
     self._suspend = suspend
-    self.info: base.UnitInfo | None = None
     self.affine_module = self._module
     self.owns_activation = not isinstance(module, _AFFINE)
     state = sorted(set(module.variables) - {'params', *base.COLLECTIONS})
@@ -294,7 +258,6 @@ class LinenUnit:
           'outside the unit.')
 
   def _apply(self, params, inputs, replacement=None):
-    """The module's output, and its affine child's; see `activation`."""
     args, kwargs = self._arguments(inputs)
     seen = []
 
@@ -319,81 +282,6 @@ class LinenUnit:
     self.affine_module = seen[0][0].clone(parent=None, name=None)
     return out, seen[0][1]
 
-  def affine(self, params, inputs):
-    return self._apply(params, inputs)[1]
-
-  def activation(self, params, pre, inputs):
-    if not self.owns_activation:
-      return pre
-    return self._apply(params, inputs, pre)[0]
-
-  def __call__(self, params, inputs):
-    """Both outputs, `pre` and `out`."""
-    out, pre = self._apply(params, inputs)
-    return pre, out
-
-  def delta(self, params, activations, teaching):
-    if not self.owns_activation:
-      return base.Delta(teaching)
-    floats = _floats(activations.inputs)
-    _, pull = jax.vjp(
-        lambda p, pre, xs: self.activation(
-            p, pre, _merge(activations.inputs, xs)),
-        params, activations.pre, floats)
-    params, pre, inputs = pull(teaching)
-    return base.Delta(pre, params, _align(activations.inputs, inputs))
-
-  def params_vjp(self, params, activations, delta):
-    _, pull = jax.vjp(lambda p: self.affine(p, activations.inputs), params)
-    own, = pull(delta.pre)
-    if delta.params is None:
-      return own
-    return jax.tree.map(jnp.add, own, delta.params)
-
-  def inputs_vjp(self, params, weights, activations, delta):
-    params = _overlay(params, weights)
-    floats = _floats(activations.inputs)
-    _, pull = jax.vjp(
-        lambda xs: self.affine(params, _merge(activations.inputs, xs)), floats)
-    sent, = pull(delta.pre)
-    sent = _align(activations.inputs, sent)
-    if delta.inputs is None:
-      return sent
-    return tuple(
-        None if a is None else a + b for a, b in zip(sent, delta.inputs))
-
-
-def as_inputs(x: Any) -> tuple[Any, ...]:
-  """The model's positional inputs: `x` itself, or the tuple that it is."""
-  return x if isinstance(x, tuple) else (x,)
-
-
-def pack(tree: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:
-  """Public form of a per-unit tree -> Flax collection.
-
-  A unit whose part is a bare array has no name for it in public; Flax needs
-  one. It is a bare array where `params` holds a module.
-  """
-  if not isinstance(tree, Mapping):
-    return {_BARE: tree} if isinstance(params, Mapping) else tree
-  if not isinstance(params, Mapping):
-    return dict(tree)
-  return {k: pack(v, params.get(k, {})) for k, v in tree.items()}
-
-
-def unpack(tree: Any) -> Any:
-  """Flax collection -> public form; the inverse of `pack`."""
-  if not isinstance(tree, Mapping):
-    return tree
-  if set(tree) == {_BARE}:
-    return tree[_BARE]
-  return {k: unpack(v) for k, v in tree.items()}
-
-
-def _is_array(leaf):
-  return isinstance(leaf, (jax.Array, jax.core.Tracer)) or (
-      hasattr(leaf, 'shape') and hasattr(leaf, 'dtype'))
-
 
 def _is_owner(module):
   """Whether a module has parameters, and none inside modules of its own."""
@@ -402,28 +290,10 @@ def _is_owner(module):
       isinstance(p, Mapping) for p in params.values())
 
 
-def _floats(inputs):
-  return tuple(x for x in inputs if jnp.issubdtype(x.dtype, jnp.inexact))
-
-
-def _merge(inputs, floats):
-  floats = iter(floats)
-  return tuple(
-      next(floats) if jnp.issubdtype(x.dtype, jnp.inexact) else x
-      for x in inputs)
-
-
-def _align(inputs, floats):
-  floats = iter(floats)
-  return tuple(
-      next(floats) if jnp.issubdtype(x.dtype, jnp.inexact) else None
-      for x in inputs)
-
-
-def _overlay(params, weights):
-  """`params` with the entries that `weights` has put in their place."""
-  if not isinstance(weights, Mapping):
-    return weights
-  return {
-      k: _overlay(v, weights[k]) if k in weights else v
-      for k, v in params.items()}
+def _couples_the_batch(module, args, kwargs):
+  """Whether a call normalises over the batch."""
+  if not isinstance(module, nn.BatchNorm):
+    return False
+  given = kwargs.get(
+      'use_running_average', args[1] if len(args) > 1 else None)
+  return not (module.use_running_average if given is None else given)

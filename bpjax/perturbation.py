@@ -13,6 +13,7 @@ import dataclasses
 from typing import Any
 
 from bpjax import base
+from bpjax import checks
 from bpjax import credit
 from bpjax import linen
 from bpjax import paths
@@ -51,14 +52,14 @@ class Rule:
 
   def check(self, survey: Any) -> None:
     """Raises a ValueError for a network that the rule cannot train."""
-    credit.check_visible(survey)
+    checks.check_visible(survey)
     for unit in survey.blocked:
       raise ValueError(
           f'a perturbation of unit `{unit}` cannot change the loss under '
           f'`{self.name}`: an activation between it and the output has a '
           'derivative that is zero everywhere (sign, round, a comparison); use '
           'a smooth activation.')
-    credit.check_lists(survey, 'noise', f'rule `{self.name}`')
+    checks.check_lists(survey, 'noise', f'rule `{self.name}`')
 
   def trainable(self, feedback: base.Tree) -> base.Tree:
     """A tree of bools for the feedback: empty, as the feedback is."""

@@ -8,14 +8,15 @@ from typing import Any
 
 from bpjax import base
 from bpjax import paths
-import flax.linen as nn
 import jax
 from jax.ad_checkpoint import checkpoint_name
 from jax.interpreters import partial_eval
 import jax.numpy as jnp
 
 _MARK = 'bpjax:'
-_POSITIONWISE = ('Dense', 'DenseGeneral')
+_POSITIONWISE = ('Dense', 'DenseGeneral', 'Linear', 'LinearGeneral')
+_JITS = {'jit', 'pjit'}
+_LOOPS = {'scan', 'while', 'cond'}
 
 
 class Units(dict[str, base.Unit]):
@@ -52,7 +53,8 @@ class Survey:
     lacks: unit -> the collections that cannot be kept there because the
       model's own `nn.scan` does not list them (`rule` stands for the random
       stream).
-    jitted: the units inside `nn.jit`.
+    jitted: the units inside a jit of the model's own.
+    lifted: the units inside a scan, a loop, a conditional or a vmap.
     blocked: the units that the output depends on and that no error can reach,
       since a derivative on the way is zero everywhere.
     batch_coupled: the modules that normalise over the batch in training.
@@ -61,8 +63,41 @@ class Survey:
   output: Any
   lacks: Mapping[str, tuple[str, ...]]
   jitted: tuple[str, ...]
+  lifted: tuple[str, ...]
   blocked: tuple[str, ...]
   batch_coupled: tuple[str, ...]
+
+
+class Network:
+  """What the networks of every Flax API share: one survey a shape."""
+
+  def __init__(self):
+    self._surveys = {}
+    self._latest = None
+
+  @property
+  def units(self) -> Units:
+    """Name -> unit, in the order of the calls.
+
+    A unit has `info` and its pure functions (`bpjax.Unit`): what
+    `rule.backward` takes. `net.units.exact` lists the parameters that no unit
+    owns (norm scales, raw `self.param`): a credit rule leaves them on their
+    exact gradient. Known once the network has seen an input's shape (`init`).
+    """
+    if self._latest is None:
+      raise ValueError(
+          '`net.units` is not known before the network has seen an input; call '
+          '`net.init(key, x)` first.')
+    return self._latest.units
+
+  def survey(self, variables: Mapping[str, Any], x: Any) -> Survey:
+    """What is known of the units for inputs of this shape; traced once."""
+    leaves, structure = jax.tree.flatten((variables, x))
+    cache_key = (structure, tuple(map(jax.typeof, leaves)))
+    if cache_key not in self._surveys:
+      self._surveys[cache_key] = take(self, variables, x)
+    self._latest = self._surveys[cache_key]
+    return self._latest
 
 
 def take(net: Any, variables: Mapping[str, Any], x: Any) -> Survey:
@@ -82,16 +117,11 @@ def take(net: Any, variables: Mapping[str, Any], x: Any) -> Survey:
   notes = {}
   batch_coupled = {}
 
-  def watch(module, args, kwargs):
-    if isinstance(module, nn.BatchNorm) and not _uses_running_average(
-        module, args, kwargs):
-      batch_coupled['/'.join(module.scope.path)] = True
-
   def forward(variables, x, visit):
     state = [c for c in variables if c != 'params']
     output, _ = net.run(
         variables, x, visit, jax.random.key(0), [*state, *base.COLLECTIONS],
-        watch=watch)
+        watch=lambda name: batch_coupled.setdefault(name, True))
     return output
 
   def plain(variables, x):
@@ -116,6 +146,8 @@ def take(net: Any, variables: Mapping[str, Any], x: Any) -> Survey:
   detached = 'stop_gradient' in set(_primitives(jaxpr.jaxpr))
 
   order = list(dict.fromkeys(name for name, _ in marks))
+  inside = lambda kinds: tuple(
+      dict.fromkeys(name for name, around in marks if around & kinds))
   last = marks[-1][0] if marks else None
   units = {}
   for name in order:
@@ -130,7 +162,8 @@ def take(net: Any, variables: Mapping[str, Any], x: Any) -> Survey:
       units=Units(units, exact),
       output=output,
       lacks={n: notes[n]['lacks'] for n in units if notes[n]['lacks']},
-      jitted=tuple(dict.fromkeys(name for name, jitted in marks if jitted)),
+      jitted=inside(_JITS),
+      lifted=inside(_LOOPS) + tuple(n for n in units if 'vmap' in notes[n]),
       blocked=() if detached else tuple(
           n for n in units if n in used and not notes[n].get('taught')),
       batch_coupled=tuple(batch_coupled))
@@ -141,7 +174,8 @@ def _note(call, notes):
   unit = call.unit
   pre, out = unit(call.params, call.inputs)
   lacks = [c for c in base.COLLECTIONS if not call.can_hold(c)]
-  notes[call.name] = {
+  note = notes.setdefault(call.name, {})
+  note |= {
       'unit': unit,
       'kind': type(unit.affine_module).__name__,
       'inputs': tuple(map(_shape, call.inputs)),
@@ -149,7 +183,24 @@ def _note(call, notes):
       'params': jax.tree.map(_shape, call.params),
       'lacks': tuple(lacks + ([] if call.has_key() else ['rule'])),
   }
+  out = _watch_vmap(out, note)
   return checkpoint_name(out, _MARK + call.name)
+
+
+def _watch_vmap(x, note):
+  """`x`; writes down whether it is an array of a vmap inside the model."""
+
+  @jax.custom_batching.custom_vmap
+  def identity(x):
+    return x
+
+  @identity.def_vmap
+  def batched(axis_size, in_batched, x):  # pylint: disable=unused-variable
+    del axis_size
+    note['vmap'] = True
+    return x, in_batched[0]
+
+  return identity(x)
 
 
 def _tap(call, notes):
@@ -202,13 +253,6 @@ def _contracted_axes(module, ndim):
   return len(axes) if trailing else ndim - 1
 
 
-def _uses_running_average(module, args, kwargs):
-  given = kwargs.get(
-      'use_running_average', args[1] if len(args) > 1 else None)
-  own = module.use_running_average
-  return bool(own if given is None else given)
-
-
 def _shape(x):
   return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
@@ -225,15 +269,14 @@ def _inner(eqn):
         yield item
 
 
-def _marks(jaxpr, jitted=False):
-  """(unit, whether inside a jit) for every unit's call, in program order."""
+def _marks(jaxpr, around=frozenset()):
+  """(unit, the primitives around it) for every call, in program order."""
   for eqn in jaxpr.eqns:
     name = eqn.params.get('name')
     if eqn.primitive.name == 'name' and str(name).startswith(_MARK):
-      yield name.removeprefix(_MARK), jitted
+      yield name.removeprefix(_MARK), around
     for inner in _inner(eqn):
-      yield from _marks(
-          inner, jitted or eqn.primitive.name in ('jit', 'pjit'))
+      yield from _marks(inner, around | {eqn.primitive.name})
 
 
 def _primitives(jaxpr):

@@ -7,7 +7,7 @@ import importlib
 import pkgutil
 
 from bpjax import paths
-from bpjax.credit import by_path
+from bpjax.by_path import by_path
 
 _NAMES = tuple(sorted(m.name for m in pkgutil.iter_modules(__path__)))
 for _name in _NAMES:

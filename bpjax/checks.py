@@ -1,0 +1,52 @@
+"""What every engine refuses in a network, before any computation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bpjax import base
+
+
+def check_visible(survey: Any) -> None:
+  """Raises for a unit inside `nn.jit`, where no rule can see it reliably."""
+  for unit in survey.jitted:
+    raise ValueError(
+        f'unit `{unit}` is inside `nn.jit`, which keeps traces that a rule has '
+        'not seen; use the module without `nn.jit`: the whole step is compiled '
+        'anyway.')
+
+
+def check_lists(survey: Any, collection: str, who: str) -> None:
+  """Raises for an `nn.scan` that does not pass on a collection."""
+  for unit, lacks in survey.lacks.items():
+    if collection in lacks:
+      raise ValueError(_unlisted(unit, collection, who))
+
+
+def _unlisted(unit, collection, who):
+  where = ("`split_rngs={..., 'rule': True}`" if collection == 'rule' else
+           f"`variable_axes={{..., '{collection}': 0}}`")
+  return (
+      f'unit `{unit}` is inside an `nn.scan` (or another lifted transform) that '
+      f'does not pass on `{collection}`, which {who} needs there; add {where} '
+      "to it (where it broadcasts 'params', broadcast 'feedback', too).")
+
+
+def check_unit(
+    name: str, info: base.UnitInfo, label: str, rule: Any, survey: Any) -> None:
+  """Raises for a unit that a rule of the credit engine cannot handle."""
+  needs = {
+      'feedback': rule.keeps_feedback and info.sends,
+      'ports': rule.port(info) is not None, 'rule': rule.stochastic}
+  for collection in survey.lacks.get(name, ()):
+    if needs.get(collection):
+      raise ValueError(_unlisted(name, collection, f'rule `{label}`'))
+  if info.calls > 1 and rule.port(info) is not None:
+    raise ValueError(
+        f'unit `{name}` is called {info.calls} times in one forward pass, and '
+        f'rule `{label}` brings the error to each unit once; give each call a '
+        'unit of its own, or this one another rule with `by_path`.')
+  if rule.port(info) and not hasattr(info.net_output, 'shape'):
+    raise ValueError(
+        f'rule `{label}` projects the error of one output array, and the model '
+        f'returns {type(info.net_output).__name__}; return the array alone.')

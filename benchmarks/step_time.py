@@ -53,6 +53,8 @@ _RULES = {
     'backprop': {},
     'feedback_alignment': {},
     'kolen_pollack': {},
+    'sign_symmetry': {},
+    'weight_mirror': {},
     'direct_feedback_alignment': {},
     'direct_feedback_alignment shared': {'shared': True},
     'forward_gradient gaussian': {},

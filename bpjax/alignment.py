@@ -48,8 +48,8 @@ def alignment(
     >>> feedback = rule.init(jax.random.key(1), net, variables, x)
     >>> measure = jax.jit(
     ...     bpjax.alignment(net, bpjax.losses.softmax_cross_entropy, rule))
-    >>> float(measure(variables, feedback, x, y)['layers_2'].update)
-    1.0
+    >>> print(f"{measure(variables, feedback, x, y)['layers_2'].update:.3f}")
+    1.000
   """
 
   def measure(variables, feedback, x, y, key=None):

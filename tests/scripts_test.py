@@ -1,10 +1,15 @@
 """Scripts, run as a user runs them."""
 
+import json
 import os
 import subprocess
 import sys
+import tempfile
 
 from absl.testing import absltest
+import bpjax
+from experiments import config as config_lib
+from experiments import launch
 
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -50,6 +55,51 @@ class LaunayTable1Test(absltest.TestCase):
     done = run('launay_table1.py', 'vgg19')
     self.assertEqual(done.returncode, 2)
     self.assertIn("error: unknown argument 'vgg19'", done.stderr)
+
+
+class PlotAlignmentTest(absltest.TestCase):
+
+  def test_table_and_picture_of_two_runs(self):
+    folder = self.enterContext(tempfile.TemporaryDirectory())
+    for rule in ('backprop', 'kolen_pollack'):
+      config = config_lib.default()
+      config.rule, config.epochs, config.alignment_every = rule, 1, 4
+      config.model_args.widths = (16, 16)
+      code = launch.launch(config, os.path.join(folder, rule), quiet=True)
+      self.assertEqual(code, 0)
+    done = run('plot_alignment.py', folder)
+    self.assertEqual(done.returncode, 0, done.stderr)
+    self.assertRegex(done.stdout, r'backprop +. 0 .*1\.00 .*1\.000')
+    self.assertIn('kolen_pollack', done.stdout)
+    picture = os.path.join(folder, 'alignment.png')
+    with open(picture, 'rb') as file:
+      self.assertEqual(file.read(4), b'\x89PNG')
+    self.assertGreater(os.path.getsize(picture), 10_000)
+
+  def test_a_folder_without_runs(self):
+    empty = self.enterContext(tempfile.TemporaryDirectory())
+    done = run('plot_alignment.py', empty)
+    self.assertEqual(done.returncode, 2)
+    self.assertIn('holds no finished run', done.stderr)
+    self.assertNotIn('Traceback', done.stderr)
+
+
+class StepTimeTest(absltest.TestCase):
+
+  def test_every_rule_has_a_row(self):
+    folder = self.enterContext(tempfile.TemporaryDirectory())
+    output = os.path.join(folder, 'times.json')
+    done = subprocess.run(
+        [sys.executable, 'benchmarks/step_time.py', '--workloads=w1',
+         '--rounds=1', f'--output={output}'], cwd=_ROOT, capture_output=True,
+        text=True, timeout=300, check=False)
+    self.assertEqual(done.returncode, 0, done.stderr)
+    with open(output, encoding='utf-8') as file:
+      rows = json.load(file)['workloads']['w1']
+    self.assertContainsSubset(
+        bpjax.rules.names(), {row['rule'].split()[0] for row in rows})
+    self.assertEqual(rows[0]['ratio'], 1)
+
 
 
 if __name__ == '__main__':

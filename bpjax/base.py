@@ -1,4 +1,4 @@
-"""The types that a learning rule is written in. Their docstrings are the contract."""
+"""The types that a rule is written in. Their docstrings are the contract."""
 
 from __future__ import annotations
 

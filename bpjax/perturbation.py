@@ -289,4 +289,5 @@ _barrier.defvjp(lambda x: (x, x), lambda x, _: (jnp.zeros_like(x),))
 def sharding(x: base.Array) -> Any:
   """The mesh axes of `x` where they are explicit, else None."""
   own = jax.typeof(x).sharding
-  return own if own.mesh._any_axis_explicit else None  # pylint: disable=protected-access
+  explicit = jax.sharding.AxisType.Explicit in own.mesh.axis_types
+  return own if explicit else None

@@ -37,7 +37,8 @@ _AT_LEAST = {
     'alignment_every': 0, 'batch_size': 1, 'checkpoint_every': 0,
     'clip_norm': 0, 'epochs': 1, 'eval_batch_size': 1,
     'feedback_learning_rate': 0, 'keep_checkpoints': 1, 'learning_rate': 0,
-    'log_every': 0, 'mirror_every': 1, 'mirror_first': 0, 'momentum': 0, 'seed': 0, 'steps_per_call': 0,
+    'log_every': 0, 'mirror_every': 1, 'mirror_first': 0, 'momentum': 0,
+    'seed': 0, 'steps_per_call': 0,
     'train_examples': 0, 'validation': 0, 'warmup_epochs': 0,
     'weight_decay': 0,
 }

@@ -208,7 +208,7 @@ class Learner:
       return feedback
     now = state.step % self.mirror_every == 0
     return jax.tree.map(
-        lambda mirrored, new, old: jnp.where(now, new, old) if mirrored else new,
+        lambda mirrors, new, old: jnp.where(now, new, old) if mirrors else new,
         self.rule.mirrored(feedback), feedback, state.feedback)
 
   def evaluate(

@@ -96,8 +96,9 @@ class SignSymmetryTest(float64.Float64TestCase):
     loss = lambda out, error: jnp.sum(out * error, axis=1)
     learn = zoo.learn(rule, net, loss, reduction='sum')
     seen = [
-        learn(variables, {}, x, y, key=jax.random.key(i))[1][0]['layers_0']['kernel'].T
-        for i in range(3)]  # x = e = 1: the update below is B^T.
+        updates['layers_0']['kernel'].T for updates in (
+            learn(variables, {}, x, y, key=jax.random.key(i))[1][0]
+            for i in range(3))]  # x = e = 1: the update below is B^T.
     kernel = variables['params']['layers_1']['kernel']
     for feedback in seen:
       self.assertTrue(jnp.array_equal(jnp.sign(feedback), jnp.sign(kernel)))

@@ -138,7 +138,8 @@ class ReferenceTest(float64.Float64TestCase):
     rule = bpjax.rules.direct_feedback_alignment()
     feedback = float64.doubles(rule.init(jax.random.key(1), net, variables, x))
     self.assertEqual(feedback['Dense_1'].shape, (3, 6))
-    _, (grads, _) = zoo.learn(rule, net, LOSS, reduction='sum')(variables, feedback, x, y)
+    _, (grads, _) = zoo.learn(rule, net, LOSS, reduction='sum')(
+        variables, feedback, x, y)
     expected = reference.direct_feedback_alignment(
         as_numpy(variables['params']), as_numpy(feedback), np.asarray(x),
         np.asarray(y), 'tanh', 'cross_entropy', not per_token)
@@ -228,7 +229,8 @@ class DirectFeedbackTest(float64.Float64TestCase):
     w1, w2 = (variables['params'][f'Dense_{i}']['kernel'] for i in (1, 2))
     feedback = {'Dense_1': (w1 @ w2).T, 'Dense_2': w2.T}
     y = jnp.arange(4) % 3
-    _, (grads, _) = zoo.learn(bpjax.rules.direct_feedback_alignment(), net, LOSS)(variables, feedback, x, y)
+    rule = bpjax.rules.direct_feedback_alignment()
+    _, (grads, _) = zoo.learn(rule, net)(variables, feedback, x, y)
     _, (exact, _) = zoo.learn(bpjax.rules.backprop(), net, LOSS)(
         variables, {}, x, y)
     self.assert_close(grads, exact, 1e-15)

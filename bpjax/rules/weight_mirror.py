@@ -44,9 +44,9 @@ def weight_mirror(
   Tried: MNIST, two layers of 256 relu units, 5 epochs, batch 128, Adam 2e-3 with
   a cosine for W, SGD at 1 with the same cosine for B: 97.8% test accuracy, 98.2%
   after 1,000 steps of mirroring alone (backprop: 98.4%); alignment .998. At a
-  constant rate of 1e-3, 95.9%. What fails: noise with a mean (B comes to a rank-one term), a nonlinearity
-  with biases on (each unit gets a gain of its own), large rates with few
-  samples (B is noisy).
+  constant rate of 1e-3, 95.9%. What fails: noise with a mean (B comes to a
+  rank-one term), a nonlinearity with biases on (each unit gets a gain of its
+  own), large rates with few samples (B is noisy).
 
   The authors' released code: `weight_mirror(decay=0., sigma=.1,
   noise='uniform', activation='sigmoid', bias=True)`: uniform noise

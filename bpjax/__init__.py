@@ -15,5 +15,6 @@ from bpjax.base import Signal
 from bpjax.base import Unit
 from bpjax.base import UnitInfo
 from bpjax.linen import from_linen
+from bpjax.nnx import from_nnx
 
 __version__ = '0.1.0'

@@ -55,15 +55,16 @@ def from_linen(
 
   Example:
     >>> import bpjax, flax.linen as nn, jax, jax.numpy as jnp
-    >>> net = bpjax.from_linen(nn.Sequential([nn.Dense(8), nn.tanh, nn.Dense(3)]))
+    >>> model = nn.Sequential([nn.Dense(8), nn.tanh, nn.Dense(3)])
+    >>> net = bpjax.from_linen(model)
     >>> variables = net.init(jax.random.key(0), jnp.ones((2, 4)))
     >>> list(net.units)
     ['layers_0', 'layers_2']
   """
   if not isinstance(model, nn.Module):
     raise ValueError(
-        f'`model` must be a flax.linen.Module, got {type(model).__name__}; pass '
-        'an instance such as `MLP()`, not a class or a function.')
+        f'`model` must be a flax.linen.Module, got {type(model).__name__}; '
+        'pass an instance such as `MLP()`, not a class or a function.')
   takes_train = 'train' in inspect.signature(type(model).__call__).parameters
   if train_args is None:
     train_args = {'train': True} if takes_train else {}
@@ -166,7 +167,8 @@ class _Interceptor:
     if (self._suspended or context.method_name != '__call__'
         or module.scope is None or module.is_initializing()):
       return next_fun(*args, **kwargs)
-    if self._watch is not None and _couples_the_batch(module, args, kwargs):
+    if (self._watch is not None and isinstance(module, nn.BatchNorm)
+        and unit_lib.uses_the_batch(module, args, kwargs)):
       self._watch('/'.join(module.scope.path))
     if self._owners:
       chosen = _is_owner(module)
@@ -288,12 +290,3 @@ def _is_owner(module):
   params = module.variables.get('params', {})
   return bool(params) and not any(
       isinstance(p, Mapping) for p in params.values())
-
-
-def _couples_the_batch(module, args, kwargs):
-  """Whether a call normalises over the batch."""
-  if not isinstance(module, nn.BatchNorm):
-    return False
-  given = kwargs.get(
-      'use_running_average', args[1] if len(args) > 1 else None)
-  return not (module.use_running_average if given is None else given)

@@ -1,4 +1,4 @@
-"""What there is to know of a network before any data: traced, never computed."""
+"""What is known of a network before any data: traced, never computed."""
 
 from __future__ import annotations
 
@@ -248,7 +248,8 @@ def _info(name, note, output, is_output, calls):
 def _contracted_axes(module, ndim):
   """How many trailing axes a dense operation contracts; all if not trailing."""
   axis = getattr(module, 'axis', -1)
-  axes = sorted(a % ndim for a in (axis if isinstance(axis, tuple) else (axis,)))
+  axes = axis if isinstance(axis, tuple) else (axis,)
+  axes = sorted(a % ndim for a in axes)
   trailing = axes == list(range(ndim - len(axes), ndim))
   return len(axes) if trailing else ndim - 1
 

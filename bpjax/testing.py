@@ -15,8 +15,8 @@ _STEPS = 150
 
 
 def check_rule(
-    rule: Any, *, model: nn.Module | None = None, learning_rate: float = 1e-2
-) -> None:
+    rule: Any, *, model: nn.Module | None = None, net: Any | None = None,
+    learning_rate: float = 1e-2) -> None:
   """Checks that a rule keeps the contract, on a small classification task.
 
   Structure, shape and dtype of updates and feedback; initialisation under
@@ -29,6 +29,7 @@ def check_rule(
     rule: the rule, such as `my_rule()`.
     model: a module from `[batch, 8]` to `[batch, 3]`; default a small
       perceptron with tanh.
+    net: a network in place of a model, such as `bpjax.from_nnx(module)`.
     learning_rate: of Adam, on the task.
 
   Raises:
@@ -39,9 +40,10 @@ def check_rule(
     >>> bpjax.testing.check_rule(bpjax.rules.feedback_alignment())
   """
   x, y = _task(jax.random.key(11))
-  net = linen.from_linen(
-      model or nn.Sequential([nn.Dense(16), nn.tanh, nn.Dense(12), nn.tanh,
-                              nn.Dense(3)]))
+  if net is None:
+    net = linen.from_linen(
+        model or nn.Sequential([nn.Dense(16), nn.tanh, nn.Dense(12), nn.tanh,
+                                nn.Dense(3)]))
   variables = net.init(jax.random.key(0), x)
   feedback = _check_init(rule, net, variables, x)
   traces = []

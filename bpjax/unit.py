@@ -110,6 +110,14 @@ def take_apart(
   return inputs, arguments
 
 
+def uses_the_batch(
+    norm: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+  """Whether this call of a BatchNorm normalises over the batch."""
+  given = kwargs.get(
+      'use_running_average', args[1] if len(args) > 1 else None)
+  return not (norm.use_running_average if given is None else given)
+
+
 def pack(tree: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:
   """Public form of a per-unit tree -> Flax collection.
 

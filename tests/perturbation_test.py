@@ -47,7 +47,7 @@ class UnbiasedTest(float64.Float64TestCase):
         along = jax.random.normal(draw, expected.shape)
         values = jnp.tensordot(leaf, along, expected.ndim)
         error = values.mean() - jnp.vdot(expected, along)
-        bound = 4.5 * values.std() / np.sqrt(len(values))
+        bound = 4 * values.std() / np.sqrt(len(values))
         self.assertLessEqual(abs(error), bound + 1e-12)
 
   def test_batch_norm_couples_the_examples(self):

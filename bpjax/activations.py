@@ -1,6 +1,8 @@
 """Activation functions by name, for the models that experiments choose."""
 
 from collections.abc import Callable
+import functools
+import re
 
 from bpjax import paths
 import flax.linen as nn
@@ -17,6 +19,10 @@ _KNOWN = {
 def get(name: str) -> Callable[[jnp.ndarray], jnp.ndarray]:
   """The elementwise function called `name`.
 
+  Args:
+    name: such as 'tanh'; 'leaky_relu(-.5)' has that slope below zero (.01
+      without a number).
+
   Raises:
     ValueError: for an unknown name, with the nearest ones.
 
@@ -24,6 +30,9 @@ def get(name: str) -> Callable[[jnp.ndarray], jnp.ndarray]:
     >>> get('tanh')(0.)
     Array(0., dtype=float32, weak_type=True)
   """
+  slope = re.fullmatch(r'leaky_relu\(([-+]?[\d.]+)\)', name)
+  if slope:
+    return functools.partial(nn.leaky_relu, negative_slope=float(slope[1]))
   if name not in _KNOWN:
     raise ValueError(
         f'`activation` must be a known function, got {name!r}; '

@@ -11,12 +11,15 @@ from typing import Any
 
 from bpjax import activations
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 NORMS = ('batch', 'group', 'none')
 SHORTCUTS = ('pad', 'projection')
 STEMS = ('cifar', 'imagenet')
 GROUP_SIZE = 8  # Channels that GroupNorm takes together.
+
+INITS = ('lecun', 'he', 'torch', 'fan_sum')
 
 he_normal = nn.initializers.he_normal()
 
@@ -74,6 +77,37 @@ def check_images(model: str, x: jnp.ndarray, smallest: int) -> None:
         f'`x` must be images of at least {smallest} x {smallest} for '
         f'`{model}`, got {x.shape[1]} x {x.shape[2]}; enlarge them or choose a '
         'model with less pooling.')
+
+
+def initialisers(init: str, fan_in: int) -> dict[str, Callable[..., Any]]:
+  """How the kernel and the bias of an affine operation begin, by name.
+
+  Args:
+    init: 'lecun' (Flax's own: normal, cut off, of variance `1 / fan_in`), 'he'
+      (normal, cut off, `2 / fan_in`), 'fan_sum' (normal,
+      `1 / (fan_in + fan_out)`), each with biases of 0; or 'torch' (PyTorch's
+      own: both uniform within `1 / sqrt(fan_in)`).
+    fan_in: how many inputs each output sums over.
+
+  Returns:
+    Keyword arguments of `nn.Dense` or `nn.Conv`.
+
+  Example:
+    >>> layer = nn.Dense(8, **initialisers('he', 16))
+  """
+  if init == 'torch':
+    uniform = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
+    bound = fan_in ** -.5
+
+    def bias(key, shape, dtype=jnp.float32, out_sharding=None):
+      del out_sharding
+      return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return {'kernel_init': uniform, 'bias_init': bias}
+  return {'kernel_init': {
+      'lecun': nn.initializers.lecun_normal(), 'he': he_normal,
+      'fan_sum': nn.initializers.variance_scaling(.5, 'fan_avg', 'normal'),
+  }[init]}
 
 
 def normalise(

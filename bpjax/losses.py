@@ -4,6 +4,7 @@ Any function of `(output, y)` that returns one loss an example serves as well.
 """
 
 from bpjax import base
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -37,6 +38,34 @@ def softmax_cross_entropy(output: base.Array, y: base.Array) -> base.Array:
         f'probabilities `y` must have the shape of `output`, {output.shape}, '
         f'got {y.shape}.')
   return optax.losses.softmax_cross_entropy(output, y)
+
+
+def sigmoid_cross_entropy(output: base.Array, y: base.Array) -> base.Array:
+  """Cross-entropy of independent sigmoid outputs, in nats, summed over them.
+
+  Args:
+    output: logits `[batch, ..., classes]`.
+    y: integer labels `[batch, ...]`, or probabilities in the shape of `output`.
+
+  Returns:
+    Losses `[batch, ...]`; the error is `sigmoid(output) - y`.
+
+  Raises:
+    ValueError: if the shapes do not fit.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> sigmoid_cross_entropy(jnp.zeros((2, 4)), jnp.array([0, 3])).shape
+    (2,)
+  """
+  if jnp.issubdtype(y.dtype, jnp.integer) and y.shape == output.shape[:-1]:
+    y = jax.nn.one_hot(y, output.shape[-1], dtype=output.dtype)
+  if y.shape != output.shape:
+    raise ValueError(
+        f'`y` must be integer labels of shape {output.shape[:-1]} or '
+        f'probabilities in the shape of `output`, {output.shape}, got '
+        f'{y.dtype} of shape {y.shape}.')
+  return jnp.sum(optax.losses.sigmoid_binary_cross_entropy(output, y), axis=-1)
 
 
 def squared_error(output: base.Array, y: base.Array) -> base.Array:

@@ -22,7 +22,7 @@ from bpjax import paths
 import ml_collections
 from ml_collections import config_flags
 
-LOSSES = ('cross_entropy', 'squared_error')
+LOSSES = ('cross_entropy', 'sigmoid_cross_entropy', 'squared_error')
 OPTIMIZERS = ('sgd', 'momentum', 'nesterov', 'adam', 'adamw', 'rmsprop')
 SCHEDULES = ('constant', 'cosine', 'linear')
 _FREE = ('rule_args', 'model_args', 'mesh')  # Fields that take new keys.
@@ -32,6 +32,7 @@ _CHOICES = {
     'optimizer': OPTIMIZERS,
     'feedback_optimizer': ('', *OPTIMIZERS),
     'schedule': SCHEDULES,
+    'alignment_split': ('train', 'validation', 'test'),
 }
 _AT_LEAST = {
     'alignment_every': 0, 'batch_size': 1, 'checkpoint_every': 0,
@@ -61,6 +62,10 @@ def default() -> ml_collections.ConfigDict:
   config.data_dir = ''  # The TFDS directory; '': the variable TFDS_DATA_DIR.
   config.validation = 0  # Training examples set apart for validation.
   config.train_examples = 0  # Use only so many training examples; 0: all.
+  # Subtracted from pixels in [0, 1], and what they are divided by then: a number
+  # a channel, or one for all; empty: measured on the training images.
+  config.pixel_mean = ()
+  config.pixel_std = ()
 
   # The optimisation. A weight decay w shrinks every parameter, and feedback
   # that is trained, at every step: by `learning_rate * w` of itself under
@@ -68,7 +73,7 @@ def default() -> ml_collections.ConfigDict:
   # needs) under all others.
   config.epochs = 10
   config.batch_size = 128  # Over all devices; an epoch's remainder is dropped.
-  config.loss = 'cross_entropy'  # Or 'squared_error', on one-hot labels.
+  config.loss = 'cross_entropy'  # Or another of LOSSES, on one-hot labels.
   config.reduction = 'mean'  # 'sum': updates are not divided by the batch size.
   # Pairs (path pattern, 'mean' or 'sum') that come before `reduction`.
   config.reduction_by_path = ()
@@ -93,6 +98,7 @@ def default() -> ml_collections.ConfigDict:
   config.eval_batch_size = 1000
   config.log_every = 0  # A line of training loss; 0: at every epoch's end.
   config.alignment_every = 0  # Alignment with backprop; 0: never.
+  config.alignment_split = 'train'  # Whose first batch it is measured on.
   config.checkpoint_every = 0  # 0: at every epoch's end.
   config.keep_checkpoints = 2
 
@@ -143,6 +149,13 @@ def check(config: ml_collections.ConfigDict) -> None:
         raise ValueError(
             f'`{field}` must be a list of pairs that begin with a path '
             f'pattern, such as {example}, got {pair!r}.')
+  for field, least in (('pixel_mean', -math.inf), ('pixel_std', 0)):
+    if not all(
+        isinstance(v, (int, float)) and least < v < math.inf
+        for v in config[field]):
+      raise ValueError(
+          f'`{field}` must be finite numbers, positive ones for `pixel_std`, '
+          f'got {config[field]!r}; leave it empty to measure it.')
   if not all(isinstance(pattern, str) for pattern in config.frozen):
     raise ValueError(
         "`frozen` must be a list of path patterns, such as ('Dense_0',), got "

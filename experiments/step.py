@@ -74,8 +74,8 @@ class Learner:
     reduction: path pattern -> 'mean' or 'sum'.
     tx: optimiser of `{'params', 'feedback'}` (see `optimizer.build`).
     input_shape: shape of a batch of images, `[batch, height, width, channels]`.
-    mean: of the training images scaled to [0, 1], `[channels]`.
-    std: their standard deviation, `[channels]`.
+    mean: subtracted from images scaled to [0, 1], `[channels]`.
+    std: what they are divided by then, `[channels]`.
     seed: of everything random.
     mesh: the devices; a batch is split over its axis `data`.
     mirror_every: feedback that learns from noise does so at every n-th step.
@@ -263,6 +263,8 @@ def loss_function(
   """The loss called `name`, of an output and integer labels `[batch]`."""
   if name == 'cross_entropy':
     return bpjax.losses.softmax_cross_entropy
+  if name == 'sigmoid_cross_entropy':
+    return bpjax.losses.sigmoid_cross_entropy
 
   def squared_error(output, labels):
     targets = jax.nn.one_hot(labels, num_classes, dtype=output.dtype)

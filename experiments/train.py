@@ -47,6 +47,7 @@ class Run:
     dataset: the data.
     learner: the network, the rule and the optimiser.
     feed: the training batches.
+    alignment_batch: images and labels on which alignment is measured.
     like: shapes, dtypes and shardings of the train state.
     units: unit -> name of the rule that trains it.
     most: largest number of steps in one call.
@@ -57,6 +58,7 @@ class Run:
   dataset: data_lib.Dataset
   learner: step_lib.Learner
   feed: feed_lib.Feed
+  alignment_batch: Any
   like: step_lib.TrainState
   units: dict[str, str]
   most: int
@@ -100,16 +102,19 @@ def setup(
   outputs = _check_labels(net, dataset, config.batch_size)
   learner = step_lib.Learner(
       net=net, rule=rule, loss=step_lib.loss_function(config.loss, outputs),
-      reduction={**dict(config.reduction_by_path), '*': config.reduction},
+      reduction=_reduction(config),
       tx=optimizer.build(config, feed.steps_per_epoch),
-      input_shape=(config.batch_size, *dataset.image_shape), mean=dataset.mean,
-      std=dataset.std, seed=config.seed, mesh=mesh,
+      input_shape=(config.batch_size, *dataset.image_shape),
+      mean=_pixels(config, 'pixel_mean', dataset.mean),
+      std=_pixels(config, 'pixel_std', dataset.std), seed=config.seed,
+      mesh=mesh,
       mirror_every=config.mirror_every, mirror_first=config.mirror_first)
   like = _placed(jax.eval_shape(learner.init), learner, config)
   most, programs = _compile(config, learner, feed, like)
   return Run(
-      config, folder, dataset, learner, feed, like, learner.units(), most,
-      programs)
+      config, folder, dataset, learner, feed,
+      _alignment_batch(config, dataset, feed, mesh), like, learner.units(),
+      most, programs)
 
 
 def start(
@@ -192,6 +197,38 @@ def evaluate(
 
 def _make(function, config, field):
   return function(**config_lib.arguments(function, config, field))
+
+
+def _pixels(config, field, measured):
+  """A number a channel: as the config says, or as it was measured."""
+  given = np.asarray(config[field] or measured, np.float32)
+  if len(given) not in (1, len(measured)):
+    raise ValueError(
+        f'`{field}` must hold one number, or one for each of the '
+        f'{len(measured)} channels, got {config[field]!r}.')
+  return np.broadcast_to(given, measured.shape)
+
+
+def _alignment_batch(config, dataset, feed, mesh):
+  """The one batch, the same throughout the run, of the split that is asked."""
+  if config.alignment_split == 'train':
+    return feed.fixed_batch
+  split = getattr(dataset, config.alignment_split)
+  if split is None or feed_lib.length(split) < config.batch_size:
+    raise ValueError(
+        f'`alignment_split` is {config.alignment_split!r}, which holds no whole '
+        f'batch of {config.batch_size}; choose another split, or set '
+        '`validation`.')
+  images, labels, _ = next(
+      feed_lib.eval_batches(split, config.batch_size, mesh))
+  return images, labels
+
+
+def _reduction(config):
+  """Pattern -> 'mean' or 'sum'; the first that matches wins."""
+  by_path = dict(config.reduction_by_path)
+  by_path.setdefault('*', config.reduction)
+  return by_path
 
 
 def _check_labels(net, dataset, batch_size):
@@ -329,7 +366,7 @@ def _line(run, step, split, **values):
 
 def _alignment(run, state, step):
   units = jax.device_get(
-      run.programs['align'](state, *run.feed.fixed_batch))
+      run.programs['align'](state, *run.alignment_batch))
   return [
       _line(run, step, 'alignment', **values._asdict()) | {'unit': unit}
       for unit, values in units.items()]

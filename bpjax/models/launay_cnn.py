@@ -1,12 +1,11 @@
 """The convolutional network of Launay et al., 2019."""
 
 from collections.abc import Callable
-import math
+import functools
 
 from bpjax import activations
 from bpjax import blocks
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 
@@ -23,33 +22,23 @@ class LaunayCNN(nn.Module):
   def __call__(self, x, train: bool = False):
     blocks.check_images('launay_cnn', x, 15)
     norm = 'batch' if self.batch_norm else 'none'
+    inits = functools.partial(blocks.initialisers, self.start)
     # Whole channels, as in the authors' code.
     x = nn.Dropout(
         self.input_dropout, broadcast_dims=(1, 2), deterministic=not train)(x)
     for i, channels in enumerate((32, 64, 64), 1):
       x = nn.Conv(
           channels, (5, 5), padding=2, name=f'conv_{i}',
-          **self._inits(25 * x.shape[-1]))(x)
+          **inits(25 * x.shape[-1]))(x)
       x = blocks.normalise(self.activation(x), norm, train, f'norm_{i}')
       x = nn.max_pool(x, (3, 3), (2, 2))
     x = x.reshape(x.shape[0], -1)
-    x = nn.Dense(128, name='dense', **self._inits(x.shape[-1]))(x)
+    x = nn.Dense(128, name='dense', **inits(x.shape[-1]))(x)
     # The authors' order: dropout, activation, norm.
     x = nn.Dropout(self.dropout, deterministic=not train)(x)
     x = blocks.normalise(self.activation(x), norm, train, 'norm_dense')
     return nn.Dense(
-        self.num_classes, name='readout', **self._inits(x.shape[-1]))(x)
-
-  def _inits(self, fan_in):
-    if self.start == 'he':
-      return {'kernel_init': blocks.he_normal}
-    bound = 1 / math.sqrt(fan_in)
-
-    def uniform(key, shape, dtype=jnp.float32, out_sharding=None):
-      del out_sharding
-      return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    return {'kernel_init': uniform, 'bias_init': uniform}
+        self.num_classes, name='readout', **inits(x.shape[-1]))(x)
 
 
 def launay_cnn(

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from bpjax import activations
+from bpjax import blocks
 import flax.linen as nn
 import jax.numpy as jnp
 
@@ -15,23 +16,29 @@ class MLP(nn.Module):
   dropout: float = 0.
   batch_norm: bool = False
   dtype: jnp.dtype | None = None
+  start: str = 'lecun'
 
   @nn.compact
   def __call__(self, x, train: bool = False):
     x = x.reshape(x.shape[0], -1)
+
+    def dense(width):
+      inits = blocks.initialisers(self.start, x.shape[-1])
+      return nn.Dense(width, dtype=self.dtype, **inits)
+
     for width in self.widths:
-      x = nn.Dense(width, dtype=self.dtype)(x)
+      x = dense(width)(x)
       if self.batch_norm:
         x = nn.BatchNorm(use_running_average=not train, dtype=self.dtype)(x)
       x = self.activation(x)
       x = nn.Dropout(self.dropout, deterministic=not train)(x)
-    return nn.Dense(self.num_classes, dtype=self.dtype)(x)
+    return dense(self.num_classes)(x)
 
 
 def mlp(
     num_classes: int, widths: Sequence[int] = (256, 256),
     activation: str = 'relu', dropout: float = 0., batch_norm: bool = False,
-    dtype: str | None = None) -> MLP:
+    dtype: str | None = None, init: str = 'lecun') -> MLP:
   """A multilayer perceptron on flattened inputs.
 
   784-256-256-10 has 269,322 parameters.
@@ -43,13 +50,14 @@ def mlp(
     dropout: rate after each hidden layer, in training.
     batch_norm: BatchNorm before each activation.
     dtype: of the computation, such as 'bfloat16'; default that of the inputs.
+    init: how the weights begin, a name that `bpjax.blocks.initialisers` knows.
 
   Returns:
     A module from `[batch, ...]` to logits `[batch, num_classes]`; its call
     takes `train`.
 
   Raises:
-    ValueError: for an unknown activation or widths that are not positive.
+    ValueError: for an unknown activation or init, or widths that are not positive.
 
   Example:
     >>> model = mlp(10, widths=(64,), activation='tanh')
@@ -61,6 +69,7 @@ def mlp(
         f'{widths} and {num_classes}.')
   if not 0 <= dropout < 1:
     raise ValueError(f'`dropout` must be in [0, 1), got {dropout}.')
+  blocks.check_choice('init', init, blocks.INITS)
   return MLP(
       num_classes, widths, activations.get(activation), dropout, batch_norm,
-      dtype and jnp.dtype(dtype))
+      dtype and jnp.dtype(dtype), init)

@@ -14,6 +14,7 @@ from bpjax.base import Delta
 from bpjax.base import Signal
 from bpjax.base import Unit
 from bpjax.base import UnitInfo
+from bpjax.bottleneck import bottleneck
 from bpjax.linen import from_linen
 from bpjax.nnx import from_nnx
 

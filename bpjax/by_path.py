@@ -23,13 +23,14 @@ class _ByPath(credit.Rule):
         f'{[p for p, _ in self.rules]}: add for example '
         "`'*': bpjax.rules.backprop()` as the last one.")
 
-  def check(self, survey):
-    for pattern, _ in self.rules:
-      if not any(paths.matches(pattern, name) for name in survey.units):
+  def check_names(self, units):
+    for pattern, rule in self.rules:
+      own = [name for name in units if paths.matches(pattern, name)]
+      if not own:
         raise ValueError(
             f'pattern `{pattern}` of `by_path` matches no unit; '
-            f'{paths.nearest(pattern, survey.units)}.')
-    super().check(survey)
+            f'{paths.nearest(pattern, units)}.')
+      rule.check_names(own)
 
 
 def by_path(rules: Mapping[str, credit.Rule]) -> credit.Rule:

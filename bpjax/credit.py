@@ -8,7 +8,7 @@ unit put out (its port).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 import dataclasses
 import functools
 from typing import Any
@@ -79,9 +79,13 @@ class Rule:
     del unit
     return self.name, self
 
+  def check_names(self, units: Iterable[str]) -> None:
+    """Raises a ValueError for a pattern of the rule's that fits no unit."""
+
   def check(self, survey: Any) -> None:
     """Raises a ValueError for a network that the rule cannot train."""
     checks.check_visible(survey)
+    self.check_names(survey.units)
     for unit in survey.blocked:
       raise ValueError(
           f'no error can reach unit `{unit}` under `{self.rule_for(unit)[0]}`: '

@@ -36,6 +36,7 @@ class Rule:
     perturb: 'activity' (module outputs) or 'weight' (parameters).
     samples: how many directions each update averages over.
     exact_readout: whether the output unit keeps its own exact gradient.
+    mask: which neurons learn (`bpjax.bottleneck`), or None for all.
   """
   name: str
   backward: Callable[..., base.Credit]
@@ -43,6 +44,7 @@ class Rule:
   perturb: str
   samples: int
   exact_readout: bool
+  mask: Any = None
 
   def init(self, key, net, variables, x) -> dict[str, Any]:
     """The rule's feedback: none, {}. Checks that it can train the network."""
@@ -60,6 +62,10 @@ class Rule:
           'derivative that is zero everywhere (sign, round, a comparison); use '
           'a smooth activation.')
     checks.check_lists(survey, 'noise', f'rule `{self.name}`')
+    if self.mask is not None:
+      self.mask.check(survey.units)
+      for info in survey.units.infos.values():
+        self.mask.check_unit(info)
 
   def trainable(self, feedback: base.Tree) -> base.Tree:
     """A tree of bools for the feedback: empty, as the feedback is."""
@@ -169,6 +175,7 @@ class Rule:
     if self.exact_readout:
       nothing = jax.tree.map(jnp.zeros_like, plan.noise)
       exact, = pull((jnp.ones_like(losses), nothing))
+      exact = plan.masked(exact)
       grads = {k: exact[k] if plan.is_readout(k) else g
                for k, g in grads.items()}
     grads = jax.tree.unflatten(
@@ -188,6 +195,7 @@ class _Plan:
     self._rule, self._net, self._x, self._key = rule, net, x, key
     self._state = {c: v for c, v in variables.items() if c != 'params'}
     self._params = variables['params']
+    self._units = tuple(survey.units)
     self._readout = next(
         (n for n, i in survey.units.infos.items() if i.is_output), None)
     self._coupled = bool(survey.batch_coupled)
@@ -242,8 +250,20 @@ class _Plan:
     """Tangents for the noise and for the perturbed parameters."""
     leaves, structure = jax.tree.flatten((self.noise, self.perturbed))
     keys = jax.random.split(key, max(len(leaves), 1))
-    return jax.tree.unflatten(structure, [
+    u, v = jax.tree.unflatten(structure, [
         self._rule.directions(k, leaf) for k, leaf in zip(keys, leaves)])
+    return self.masked(u), self.masked(v)
+
+  def masked(self, tree):
+    """`tree`, named by units, with 0 for the neurons that do not learn."""
+    if self._rule.mask is None:
+      return tree
+
+    def apply(name, leaf):
+      owner = next((u for u in self._units if name.startswith(u + '/')), None)
+      return leaf if owner is None else self._rule.mask.apply(owner, leaf)
+
+    return paths.map_with_name(apply, tree)
 
   def teaching(self, u, change):
     """The perturbation times the change of loss: of its example, or of all."""

@@ -77,6 +77,8 @@ def default() -> ml_collections.ConfigDict:
   config.reduction = 'mean'  # 'sum': updates are not divided by the batch size.
   # Pairs (path pattern, 'mean' or 'sum') that come before `reduction`.
   config.reduction_by_path = ()
+  # Pairs (path pattern, neurons): only so many of a unit's neurons learn.
+  config.bottleneck = ()
   # Path patterns of parameters and feedback that keep their first values.
   config.frozen = ()
   config.optimizer = 'adam'  # sgd, momentum, nesterov, adam, adamw, rmsprop.
@@ -143,7 +145,8 @@ def check(config: ml_collections.ConfigDict) -> None:
         'set it, for example to the value of `optimizer`.')
   for field, example in (
       ('sharding', ('*/kernel', (None, 'model'))),
-      ('reduction_by_path', ('Dense_0', 'sum'))):
+      ('reduction_by_path', ('Dense_0', 'sum')),
+      ('bottleneck', ('Dense_0', 10))):
     for pair in config[field]:
       if len(pair) != 2 or not isinstance(pair[0], str):
         raise ValueError(

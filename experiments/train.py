@@ -90,6 +90,8 @@ def setup(
   """
   config_lib.check(config)
   rule = _make(bpjax.rules.get(config.rule), config, 'rule_args')
+  if config.bottleneck:
+    rule = bpjax.bottleneck(rule, dict(config.bottleneck), config.seed)
   make_model = bpjax.models.get(config.model)
   model_args = config_lib.arguments(make_model, config, 'model_args')
   mesh = devices.make_mesh(config.mesh.to_dict(), config.batch_size)

@@ -68,6 +68,8 @@ class Workdir:
               'config.json, so nobody can tell which run it is; choose another '
               'folder.')
       return
+    # A field that is newer than the run was at its default.
+    held = config_lib.to_json(config_lib.default()) | held
     difference = config_lib.difference(held, config)
     if difference:
       raise ValueError(

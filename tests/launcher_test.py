@@ -207,6 +207,16 @@ class RunFolderTest(parameterized.TestCase):
     log = (self.tmp / 'log.txt').read_text()
     assert '`learning_rate` is 0.001 there and 0.1 here' in log
 
+  def test_a_field_that_is_newer_than_the_run_was_at_its_default(self):
+    _launch(_config(epochs=1), self.tmp)
+    file = self.tmp / 'config.json'
+    held = json.loads(file.read_text())
+    del held['bottleneck']
+    file.write_text(json.dumps(held))
+    _launch(_config(epochs=1), self.tmp)
+    assert 'nothing to do' in (self.tmp / 'log.txt').read_text()
+    _launch(_config(epochs=1, bottleneck=(('Dense_0', 3),)), self.tmp, expect=2)
+
   def test_a_refused_config_does_not_claim_the_folder(self):
     _launch(_config(epochs=1, rule='backporp'), self.tmp, expect=2)
     _launch(_config(epochs=1), self.tmp)
@@ -229,6 +239,50 @@ class RunFolderTest(parameterized.TestCase):
     _launch(_config(loss='squared_error', learning_rate=1e-2), self.tmp)
     losses = [m['loss'] for m in _metrics(self.tmp, 'train')]
     assert losses[-1] < .6 * losses[0]
+    assert _summary(self.tmp)['test_accuracy'] > .5
+
+  def test_a_sum_in_one_layer_and_a_mean_in_the_other(self):
+    moved = {}
+    pairs = ((), (('Dense_0', 'sum'), ('*', 'mean')), (('*', 'sum'),))
+    for i, by_path in enumerate(pairs):
+      run = _ready(_config(
+          optimizer='sgd', reduction_by_path=by_path), self.tmp / str(i))
+      before = jax.jit(run.learner.init)()
+      images = jnp.asarray(run.dataset.train.images[:64])
+      labels = jnp.asarray(run.dataset.train.labels[:64])
+      after, _ = jax.jit(run.learner.step)(before, images, labels)
+      for unit in ('Dense_0', 'Dense_1'):
+        moved.setdefault(unit, []).append(
+            after.params[unit]['kernel'] - before.params[unit]['kernel'])
+    for unit, factors in (('Dense_0', (64, 64)), ('Dense_1', (1, 64))):
+      for change, factor in zip(moved[unit][1:], factors, strict=True):
+        np.testing.assert_allclose(
+            change, factor * moved[unit][0], rtol=1e-3, atol=1e-6)
+
+  def test_only_some_neurons_learn(self):
+    run = _ready(_config(
+        rule='feedback_alignment', bottleneck=(('Dense_0', 3),)), self.tmp)
+    before = jax.jit(run.learner.init)()
+    after, _ = jax.jit(run.learner.step)(
+        before, jnp.asarray(run.dataset.train.images[:64]),
+        jnp.asarray(run.dataset.train.labels[:64]))
+    change = after.params['Dense_0']['bias'] - before.params['Dense_0']['bias']
+    assert np.count_nonzero(change) == 3
+
+  def test_where_alignment_is_measured_and_how_pixels_are_scaled(self):
+    for split in ('train', 'validation', 'test'):
+      run = _ready(_config(
+          validation=100, alignment_every=22, alignment_split=split,
+          pixel_mean=(.5,), pixel_std=(2.,)), self.tmp / split)
+      images, labels = run.alignment_batch
+      own = getattr(run.dataset, split)
+      assert np.array_equal(labels, own.labels[:64]) == (split != 'train')
+      assert images.shape == (64, 8, 8, 1)
+    np.testing.assert_array_equal(run.learner.mean, [.5])
+    np.testing.assert_array_equal(run.learner.std, [2.])
+
+  def test_sigmoid_cross_entropy_learns(self):
+    _launch(_config(loss='sigmoid_cross_entropy', learning_rate=1e-2), self.tmp)
     assert _summary(self.tmp)['test_accuracy'] > .5
 
 
@@ -418,6 +472,11 @@ class RefusedTest(parameterized.TestCase):
        'no pattern matches `params/Dense_0/bias`'),
       ('spec', {'sharding': "(('*', (None, None, None)),)"}, 'fit its shape'),
       ('axis', {'sharding': "(('*', ('modle',)),)"}, "axis 'modle'"),
+      ('alignment_split', {'alignment_split': 'validation'},
+       'holds no whole batch of 64'),
+      ('pixel_mean', {'pixel_mean': '(.5, .5)'}, 'one for each of the 1'),
+      ('pixel_std', {'pixel_std': '(0.,)'}, 'positive ones'),
+      ('bottleneck', {'bottleneck': "(('Dense_0', 99),)"}, 'at most its 16'),
       ('rule_for_model',
        {'rule': 'feedback_alignment', 'model_args.activation': 'sign'}, ''),
   )

@@ -69,11 +69,13 @@ def alignment(
       if name in targets:
         weight = feedback_lib.cosine(
             _restrict(own, targets[name]), targets[name])
+      update = jnp.nan
+      if own is not None:  # A boundary has no parameters.
+        update = feedback_lib.cosine(
+            paths.subtree(updates, name), paths.subtree(gradients, name))
       result[name] = base.Alignment(
           teaching=jnp.mean(cosines), teaching_std=jnp.std(cosines),
-          update=feedback_lib.cosine(
-              paths.subtree(updates, name), paths.subtree(gradients, name)),
-          weight=jnp.asarray(weight))
+          update=jnp.asarray(update), weight=jnp.asarray(weight))
     return result
 
   return measure

@@ -14,6 +14,7 @@ Tree = Any
 Loss = Callable[[Any, Any], Array]
 
 # What the engines keep in Flax collections beside the model's own.
+BOUNDARY = 'Boundary'  # The kind, and in lower case the name, of a boundary.
 COLLECTIONS = ('feedback', 'ports', 'noise', 'probes')
 
 
@@ -84,7 +85,8 @@ class UnitInfo:
 
   Attributes:
     name: the path of its module, joined with `/`.
-    kind: the class of its affine operation, such as `Dense` or `Conv`.
+    kind: the class of its affine operation, such as `Dense` or `Conv`;
+      `Boundary` for the output of a module, a unit without parameters.
     inputs: shape and dtype of each array input, batch axis included.
     pre: shape and dtype of the affine operation's output.
     out: shape and dtype of the unit's output.
@@ -166,10 +168,11 @@ class Alignment(NamedTuple):
 
   Attributes:
     teaching: mean over examples of the cosine between the rule's teaching
-      signal at the unit's output and backprop's.
+      signal at the unit's output and backprop's (of a boundary, between what
+      it hands down and backprop's).
     teaching_std: its standard deviation over examples.
     update: cosine between the rule's update of the unit's parameters and
-      backprop's, flattened together.
+      backprop's, flattened together; NaN for a boundary.
     weight: cosine between the unit's weights and what the rule aligns them
       with (its feedback for feedback alignment); NaN where nothing is defined.
   """

@@ -31,6 +31,11 @@ def no_feedback(key: base.Key, info: base.UnitInfo, params: base.Tree) -> None:
   del key, info, params
 
 
+def any_units(units: Mapping[str, base.UnitInfo]) -> None:
+  """`check_units` of a rule that refuses no network as a whole."""
+  del units
+
+
 def no_port(info: base.UnitInfo) -> None:
   """`port` of a rule whose units read no error directly."""
   del info
@@ -50,6 +55,8 @@ class Rule:
       a unit without feedback of its own gets it as `feedback`.
     port: `(info) -> 'output'` for a unit that reads the output's error, else
       None.
+    check_units: `({unit: info}) -> None`, raises a ValueError where the units
+      that the rule is to train, together, are none that it can.
     learns_feedback: whether an optimiser may touch the feedback.
     stochastic: whether `backward` draws random numbers (`signal.key`).
     mirrors: whether the feedback learns from noise, not from the data, so that
@@ -63,6 +70,7 @@ class Rule:
   init_unit: Callable[..., base.Tree | None] = no_feedback
   init_shared: Callable[..., base.Tree] | None = None
   port: Callable[[base.UnitInfo], str | None] = no_port
+  check_units: Callable[[Mapping[str, base.UnitInfo]], None] = any_units
   learns_feedback: bool = False
   stochastic: bool = False
   mirrors: bool = False
@@ -93,6 +101,8 @@ class Rule:
           'zero everywhere (sign, round, a comparison); use a smooth '
           'activation or a straight-through one, '
           '`x + jax.lax.stop_gradient(jnp.sign(x) - x)`.')
+    for rule, units in self._members(survey.units.infos).values():
+      rule.check_units(units)
     for name, info in survey.units.infos.items():
       label, rule = self.rule_for(name)
       if rule.port(info) not in (None, 'output'):
@@ -125,6 +135,8 @@ class Rule:
     def visit(call):
       info = survey.units[call.name].info
       _, rule = self.rule_for(call.name)
+      if _passes_on(info, rule):
+        return call.original()
       if call.read('feedback') is None and rule.keeps_feedback:
         feedback = rule.init_unit(call.key(), info, call.params)
         if feedback is not None:
@@ -142,14 +154,21 @@ class Rule:
     return jax.jit(draw)(key, dict(variables), x)
 
   def _init_shared(self, key, units):
-    members = {}
-    for name, info in units.items():
-      label, rule = self.rule_for(name)
-      if rule.init_shared is not None:
-        members.setdefault(label, (rule, {}))[1][name] = info
+    members = {
+        label: (rule, infos)
+        for label, (rule, infos) in self._members(units).items()
+        if rule.init_shared is not None}
     return {
         label: rule.init_shared(jax.random.fold_in(key, i), infos)
         for i, (label, (rule, infos)) in enumerate(members.items())}
+
+  def _members(self, units):
+    """Label -> (rule, the units that it trains)."""
+    members = {}
+    for name, info in units.items():
+      label, rule = self.rule_for(name)
+      members.setdefault(label, (rule, {}))[1][name] = info
+    return members
 
   def trainable(self, feedback: base.Tree) -> base.Tree:
     """A tree of bools: which feedback an optimiser may touch.
@@ -263,6 +282,10 @@ class Rule:
     reduction_lib.check_losses(losses, output)
     error, = pull_loss(jnp.ones_like(losses))
     grads = pull((error, jax.tree.map(lambda p: _to_port(error, p), ports)))
+    # Feedback may hold whole numbers, which have no gradient: zeros of theirs.
+    grads = jax.tree.map(
+        lambda g, x: jnp.zeros_like(x) if g.dtype == jax.dtypes.float0 else g,
+        grads, (params, feedback, probes))
     return jnp.mean(losses), base.Aux(output, state), grads, count
 
   def signals(self, net, loss, variables, feedback, x, y, key):
@@ -311,13 +334,18 @@ class Rule:
     """Answers for one call of one unit: the unit under `custom_vjp`."""
     info = survey.units[call.name].info
     label, rule = self.rule_for(call.name)
+    probe = call.read('probes', 'call')
+    if info.kind == base.BOUNDARY and probe is not None:
+      # What counts here is what the boundary hands down, not what it gets.
+      call.inputs, probe = (call.inputs[0] + probe,), None
+    if _passes_on(info, rule):
+      return call.original()
     feedback = _feedback_of(call, info, label, rule, shared.get(label))
     key = call.key() if rule.stochastic else None
     out, port = _wrap(call.unit, info, rule, divisor(call.name))(
         call.params, feedback, call.inputs, key)
     if port is not None:
       call.write('ports', port, 'port')
-    probe = call.read('probes', 'call')
     return out if probe is None else out + probe
 
   def bind(self, net: linen.Network) -> Callable[..., Any]:
@@ -368,6 +396,11 @@ class Rule:
 def split(key: base.Key | None) -> tuple[base.Key | None, base.Key | None]:
   """A step's key for the model's run, and one for the engine's own draws."""
   return (None, None) if key is None else tuple(jax.random.split(key))
+
+
+def _passes_on(info, rule):
+  """Whether a boundary hands down what it gets, as if it were not there."""
+  return info.kind == base.BOUNDARY and rule.port(info) is None
 
 
 def _feedback_of(call, info, label, rule, shared):
@@ -421,7 +454,7 @@ def _wrap(unit, info, rule, divisor):
 
 
 def _check_messages(info, rule, inputs, messages):
-  """One message an input, in its shape and dtype."""
+  """One message an input, in its shape, its dtype and on its mesh axes."""
   if len(messages) != len(inputs):
     raise ValueError(
         f'rule `{rule.name}` must send one message an input at unit '
@@ -432,7 +465,12 @@ def _check_messages(info, rule, inputs, messages):
       raise ValueError(
           f'rule `{rule.name}` must send a message of its input\'s shape '
           f'{x.shape} at unit `{info.name}`, got {message.shape}.')
-    checked.append(None if message is None else message.astype(x.dtype))
+    if message is not None:
+      message = message.astype(x.dtype)
+      place = jax.typeof(x).sharding
+      if place != jax.typeof(message).sharding:  # Under explicit axes alone.
+        message = jax.sharding.reshard(message, place)
+    checked.append(message)
   return tuple(checked)
 
 

@@ -13,6 +13,7 @@ import itertools
 from typing import Any
 
 from bpjax import base
+from bpjax import paths
 from bpjax import survey as survey_lib
 from bpjax import unit as unit_lib
 import flax
@@ -23,6 +24,8 @@ import jax
 _AFFINE = (
     nn.Dense, nn.DenseGeneral, linear._Conv, nn.ConvTranspose, nn.Einsum,  # pylint: disable=protected-access
     nn.Embed)
+_NORMS = (
+    nn.BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.InstanceNorm)
 _TRACE_IDS = itertools.count()
 
 
@@ -33,6 +36,8 @@ def from_linen(
     train_args: Mapping[str, Any] | None = None,
     eval_args: Mapping[str, Any] | None = None,
     rngs: Sequence[str] = ('dropout',),
+    boundaries: Sequence[str] = (),
+    norm_gain_transport: str = 'exact',
 ) -> Network:
   """Makes a network of units out of any Flax linen model, which stays as it is.
 
@@ -49,6 +54,15 @@ def from_linen(
     eval_args: the same for evaluation and initialisation; default
       `{'train': False}` or none.
     rngs: names of the random streams that the model draws from in training.
+    boundaries: globs for modules, such as `stage_*/block_*`, whose outputs are
+      units, too: `stage_1/block_0/boundary`, the identity without parameters.
+      A rule that brings the error there directly replaces all that arrives, so
+      that skip connections carry nothing past it; others pass it on.
+    norm_gain_transport: how an error passes the gain of a norm (BatchNorm,
+      LayerNorm, GroupNorm, RMSNorm, InstanceNorm), which is a diagonal weight.
+      'exact': times the gain itself, a mild transport of weights, in every
+      rule; 'feedback_diag': times a fixed diagonal of ones, at which gains
+      begin. The gain's own gradient is exact in both.
 
   Returns:
     A `Network`.
@@ -70,14 +84,20 @@ def from_linen(
     train_args = {'train': True} if takes_train else {}
   if eval_args is None:
     eval_args = {'train': False} if takes_train else {}
-  return Network(model, is_unit, dict(train_args), dict(eval_args), tuple(rngs))
+  return Network(
+      model, is_unit, dict(train_args), dict(eval_args), tuple(rngs),
+      tuple(boundaries), norm_gain_transport)
 
 
 class Network(survey_lib.Network):
   """A model seen as units. Made by `from_linen`."""
 
-  def __init__(self, model, is_unit, train_args, eval_args, rngs):
-    super().__init__()
+  def __init__(
+      self, model, is_unit, train_args, eval_args, rngs, boundaries,
+      norm_gain_transport):
+    super().__init__(boundaries)
+    unit_lib.check_gain_transport(norm_gain_transport)
+    self._transports_gain = norm_gain_transport == 'exact'
     self.model = model
     self._is_unit = is_unit or (lambda module: False)
     self._train_args = train_args
@@ -137,7 +157,9 @@ class Network(survey_lib.Network):
     # A new name each time: `nn.jit` would otherwise answer from a trace that
     # another interceptor, or none, has seen.
     fresh = f'_bpjax_{next(_TRACE_IDS)}'
-    interceptor = _Interceptor(self._is_unit, visit, owners, watch)
+    interceptor = _Interceptor(
+        self._is_unit, self.boundaries, visit, owners, watch,
+        self._transports_gain)
     try:
       with nn.intercept_methods(interceptor):
         output, collections = self.model.apply(
@@ -154,8 +176,11 @@ class Network(survey_lib.Network):
 class _Interceptor:
   """Hands the calls of units to `visit`, and passes all others on."""
 
-  def __init__(self, is_unit, visit, owners, watch):
+  def __init__(
+      self, is_unit, boundaries, visit, owners, watch, transports_gain):
+    self._transports_gain = transports_gain
     self._is_unit = is_unit
+    self._boundaries = boundaries
     self._visit = visit
     self._owners = owners
     self._watch = watch
@@ -174,13 +199,42 @@ class _Interceptor:
       chosen = _is_owner(module)
     else:
       chosen = isinstance(module, _AFFINE) or self._is_unit(module)
-    if not chosen:
-      return next_fun(*args, **kwargs)
-    scope = module.scope
-    _, index = self._counts.get(id(scope), (scope, 0))
-    self._counts[id(scope)] = (scope, index + 1)
-    return self._visit(Call(
-        module, next_fun, args, kwargs, index, self._suspend, self._owners))
+    if chosen:
+      return self._visit(Call(
+          module, next_fun, args, kwargs, self._index(module), self._suspend,
+          self._owners))
+    if (isinstance(module, _NORMS) and module.use_scale
+        and not self._owners and not self._transports_gain):
+      out = self._fixed_gain(module, args, kwargs)
+    else:
+      out = next_fun(*args, **kwargs)
+    name = '/'.join(module.scope.path)
+    if not self._owners and any(
+        paths.is_module(glob, name) for glob in self._boundaries):
+      return self._visit(BoundaryCall(module, name, out, self._index(module)))
+    return out
+
+  def _fixed_gain(self, module, args, kwargs):
+    """What a norm puts out; its gain stays out of what is sent below."""
+    axes = getattr(module, 'feature_axes', getattr(module, 'axis', -1))
+    if axes not in (-1, (-1,), [-1]):
+      raise ValueError(
+          f"`norm_gain_transport='feedback_diag'` needs features on the last "
+          f'axis, and norm `{"/".join(module.scope.path)}` has them on {axes}.')
+    flags = {'use_scale': False}
+    if hasattr(module, 'use_bias'):
+      flags['use_bias'] = False
+    params = nn.meta.unbox(module.variables['params'])
+    bare = module.clone(parent=module.scope, name=None, **flags)
+    with self._suspend():
+      x = bare(*args, **kwargs)
+    return unit_lib.gain(x, params['scale'], params.get('bias'))
+
+  def _index(self, module):
+    """How often this module was called before."""
+    _, index = self._counts.get(id(module.scope), (None, 0))
+    self._counts[id(module.scope)] = (module.scope, index + 1)
+    return index
 
   @contextlib.contextmanager
   def _suspend(self):
@@ -217,7 +271,7 @@ class Call:
 
   def read(self, collection: str, name: str | None = None) -> Any | None:
     """This unit's part of a collection, or None."""
-    stored = self._module.variables.get(collection)
+    stored = self._stored(collection)
     if not stored:
       return None
     if name is not None:
@@ -231,7 +285,13 @@ class Call:
       value = {f'{name}_{self._index}': value}
     elif not isinstance(value, Mapping):
       value = {unit_lib.BARE: value}
-    for k, v in value.items():
+    self._keep(collection, value)
+
+  def _stored(self, collection):
+    return self._module.variables.get(collection)
+
+  def _keep(self, collection, values):
+    for k, v in values.items():
       self._module.put_variable(collection, k, v)
 
   def key(self) -> base.Key:
@@ -240,6 +300,31 @@ class Call:
 
   def has_key(self) -> bool:
     return self._module.has_rng('rule')
+
+
+class BoundaryCall(Call):
+  """What a module has put out, as a call of a unit without parameters."""
+
+  def __init__(self, module, name, out, index):  # pylint: disable=super-init-not-called
+    unit_lib.check_boundary(name, out)
+    self.name = unit_lib.boundary_name(name)
+    self.inputs = (out,)
+    self.params = {}
+    self.unit = unit_lib.Boundary()
+    self._module = module
+    self._index = index
+
+  def original(self):
+    return self.inputs[0]
+
+  def _stored(self, collection):
+    around = self._module.variables.get(collection, {})
+    return around.get(base.BOUNDARY.lower())
+
+  def _keep(self, collection, values):
+    before = self._stored(collection) or {}
+    self._module.put_variable(
+        collection, base.BOUNDARY.lower(), {**before, **values})
 
 
 class LinenUnit(unit_lib.PureUnit):

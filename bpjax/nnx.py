@@ -20,10 +20,13 @@ from bpjax import survey as survey_lib
 from bpjax import unit as unit_lib
 from flax import nnx
 import jax
+import jax.numpy as jnp
 
 _AFFINE = (
     nnx.Linear, nnx.LinearGeneral, nnx.Conv, nnx.ConvTranspose, nnx.Einsum,
     nnx.Embed)
+_NORMS = (
+    nnx.BatchNorm, nnx.LayerNorm, nnx.GroupNorm, nnx.RMSNorm, nnx.InstanceNorm)
 _RUN_IDS = itertools.count()
 _RUNS: dict[int, Any] = {}  # Who watches the modules of a run that goes on.
 
@@ -48,7 +51,8 @@ _KEPT = dict(zip(base.COLLECTIONS, (Feedback, Port, Noise, Probe), strict=True))
 
 
 def from_nnx(
-    module: nnx.Module, *, is_unit: Callable[[nnx.Module], bool] | None = None
+    module: nnx.Module, *, is_unit: Callable[[nnx.Module], bool] | None = None,
+    boundaries: Sequence[str] = (), norm_gain_transport: str = 'exact'
 ) -> Network:
   """Makes a network of units out of any Flax NNX module, which stays as it is.
 
@@ -63,6 +67,9 @@ def from_nnx(
     module: the built module; `net.init` returns the values that it holds.
     is_unit: chooses modules that are units together with their nonlinearity;
       each must hold exactly one affine operation, and no BatchNorm or dropout.
+    boundaries: globs for modules, such as `blocks/*`, whose outputs are units,
+      too, as in `from_linen`.
+    norm_gain_transport: 'exact' or 'feedback_diag', as in `from_linen`.
 
   Returns:
     A `Network`, for every rule as `from_linen`'s. Names are attribute paths
@@ -101,14 +108,17 @@ def from_nnx(
         f'`module` must be a flax.nnx.Module, got {type(module).__name__}; '
         'pass a built one such as `MLP(rngs=nnx.Rngs(0))`, and a linen module '
         'to `from_linen`.')
-  return Network(module, is_unit or (lambda module: False))
+  return Network(module, is_unit or (lambda module: False), tuple(boundaries),
+                 norm_gain_transport)
 
 
 class Network(survey_lib.Network):
   """A module seen as units. Made by `from_nnx`."""
 
-  def __init__(self, module, is_unit):
-    super().__init__()
+  def __init__(self, module, is_unit, boundaries, norm_gain_transport):
+    super().__init__(boundaries)
+    unit_lib.check_gain_transport(norm_gain_transport)
+    self.transports_gain = norm_gain_transport == 'exact'
     self.module = module
     self._graphdef, state = nnx.split(module)
     self._leaves = dict(nnx.to_flat_state(state))
@@ -130,6 +140,12 @@ class Network(survey_lib.Network):
       own = [p[depth:] for p in params if p[:depth] == _split(name)]
       if own and all(len(rest) == 1 for rest in own):
         self._owners.add(name)
+    self._bounded = [
+        name for name in _modules(module)
+        if not any(name == t or _inside(name, t) for t in self.templates)
+        and any(paths.is_module(glob, name) for glob in boundaries)]
+    self._chosen = [
+        *self.templates, *map(unit_lib.boundary_name, self._bounded)]
 
   def init(self, key: base.Key, x: Any) -> dict[str, Any]:
     """The variables that the module holds at this moment.
@@ -256,14 +272,17 @@ class Network(survey_lib.Network):
     module = self._bind(variables, model_key)
     module.train()
     modules = {n: part.node for n, part in _modules(module).items()}
+    own = set(modules)
+    modules |= {unit_lib.boundary_name(n): modules[n] for n in self._bounded}
+    chosen = self._owners if owners else self._chosen
     for collection in base.COLLECTIONS:
-      for name in (self._owners if owners else self.templates):
+      for name in chosen:
         part = paths.subtree(variables.get(collection, {}), name)
         if part is not None:
           setattr(modules[name], _slot(collection), _KEPT[collection](part))
-    chosen = self._owners if owners else self.templates
-    watched = {n: m for n, m in modules.items()
-               if n in chosen or isinstance(m, nnx.BatchNorm)}
+    watched = {
+        n: modules[n] for n in own if n in chosen or n in self._bounded
+        or isinstance(modules[n], _NORMS)}
     run = _Run(self, visit, rule_key, chosen, owners, watch)
     with contextlib.ExitStack() as stack:
       stack.enter_context(_watching(watched, run))
@@ -324,11 +343,24 @@ class _Run:
     if (self._watch is not None and isinstance(module, nnx.BatchNorm)
         and unit_lib.uses_the_batch(module, args, kwargs)):
       self._watch(name)
-    if name not in self._order:
-      return original(*args, **kwargs)
-    index = self._counts[name]
+    if name in self._order:
+      return self._visit(
+          Call(self, module, original, args, kwargs, self._index(name)))
+    if (isinstance(module, _NORMS) and module.scale is not None
+        and not self.owners and not self.net.transports_gain):
+      out = _fixed_gain(module, original, args, kwargs)
+    else:
+      out = original(*args, **kwargs)
+    boundary = unit_lib.boundary_name(name)
+    if boundary in self._order:
+      return self._visit(
+          BoundaryCall(self, module, out, self._index(boundary)))
+    return out
+
+  def _index(self, name):
+    """How often this unit was called before."""
     self._counts[name] += 1
-    return self._visit(Call(self, module, original, args, kwargs, index))
+    return self._counts[name] - 1
 
   def key_of(self, name, index):
     key = jax.random.fold_in(self.rule_key, self._order[name])
@@ -414,6 +446,23 @@ class Call:
 
   def has_key(self) -> bool:
     return self._run.rule_key is not None
+
+
+class BoundaryCall(Call):
+  """What a module has put out, as a call of a unit without parameters."""
+
+  def __init__(self, run, module, out, index):  # pylint: disable=super-init-not-called
+    unit_lib.check_boundary(module.bpjax_name, out)
+    self.name = unit_lib.boundary_name(module.bpjax_name)
+    self.inputs = (out,)
+    self.params = {}
+    self.unit = unit_lib.Boundary()
+    self._run = run
+    self._module = module
+    self._index = index
+
+  def original(self):
+    return self.inputs[0]
 
 
 class _Template:
@@ -570,6 +619,26 @@ def _params(module):
   for path, leaf in nnx.to_flat_state(nnx.state(module, nnx.Param)):
     _put(params, path, leaf.get_value())
   return params
+
+
+def _fixed_gain(module, original, args, kwargs):
+  """What a norm puts out; its gain stays out of what is sent below."""
+  axes = getattr(module, 'feature_axes', getattr(module, 'axis', -1))
+  if axes not in (-1, (-1,), [-1]):
+    raise ValueError(
+        f"`norm_gain_transport='feedback_diag'` needs features on the last "
+        f'axis, and norm `{module.bpjax_name}` has them on {axes}.')
+  bias = getattr(module, 'bias', None)
+  held = [(v, v.get_value()) for v in (module.scale, bias) if v is not None]
+  (_, scale), *shift = held
+  try:
+    for variable, neutral in zip((v for v, _ in held), (1, 0)):
+      variable.set_value(jnp.full_like(variable.get_value(), neutral))
+    x = original(*args, **kwargs)
+  finally:
+    for variable, value in held:
+      variable.set_value(value)
+  return unit_lib.gain(x, scale, shift[0][1] if shift else None)
 
 
 def _gather(modules, chosen, written):

@@ -45,6 +45,23 @@ def matches(pattern: str, path: str) -> bool:
   return any(expression.fullmatch(prefix) for prefix in prefixes)
 
 
+def is_module(pattern: str, path: str) -> bool:
+  """Whether `pattern` is a glob for `path` itself, name by name.
+
+  Unlike in `matches`, a `*` does not cross a `/`, and what lies inside is not
+  selected.
+
+  Example:
+    >>> is_module('stage_*/block_*', 'stage_1/block_0')
+    True
+    >>> is_module('stage_*/block_*', 'stage_1/block_0/norm_0')
+    False
+  """
+  globs, names = pattern.split('/'), path.split('/')
+  return len(globs) == len(names) and all(
+      map(fnmatch.fnmatchcase, names, globs))
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
   """The end of an error message: the known names, the nearest first.
 

@@ -80,6 +80,8 @@ class Rule:
     units = net.survey(variables, x).units
     trained = {}
     for name, info in units.infos.items():
+      if info.kind == base.BOUNDARY:
+        continue  # Noise passes it as if it were not there.
       exact = self.exact_readout and info.is_output
       trained[name] = 'exact gradient (readout)' if exact else self.name
     return trained | {p: self.name for p in units.exact}

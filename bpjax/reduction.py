@@ -7,6 +7,7 @@ from typing import Any
 
 from bpjax import paths
 import jax
+import jax.numpy as jnp
 
 Reduction = str | Mapping[str, str]
 
@@ -46,7 +47,8 @@ def apply(reduction: Reduction, updates: Any, count: int) -> Any:
   """
   return tuple(
       paths.map_with_name(
-          lambda name, u: u / divisor(reduction, name, count), tree)
+          lambda name, u: u / divisor(reduction, name, count)
+          if jnp.issubdtype(u.dtype, jnp.inexact) else u, tree)
       for tree in updates)
 
 

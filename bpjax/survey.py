@@ -8,6 +8,7 @@ from typing import Any
 
 from bpjax import base
 from bpjax import paths
+from bpjax import unit as unit_lib
 import jax
 from jax.ad_checkpoint import checkpoint_name
 from jax.interpreters import partial_eval
@@ -71,7 +72,8 @@ class Survey:
 class Network:
   """What the networks of every Flax API share: one survey a shape."""
 
-  def __init__(self):
+  def __init__(self, boundaries: tuple[str, ...] = ()):
+    self.boundaries = boundaries
     self._surveys = {}
     self._latest = None
 
@@ -148,7 +150,9 @@ def take(net: Any, variables: Mapping[str, Any], x: Any) -> Survey:
   order = list(dict.fromkeys(name for name, _ in marks))
   inside = lambda kinds: tuple(
       dict.fromkeys(name for name, around in marks if around & kinds))
-  last = marks[-1][0] if marks else None
+  is_boundary = lambda name: isinstance(notes[name]['unit'], unit_lib.Boundary)
+  last = next((n for n in reversed(order) if not is_boundary(n)), None)
+  _check_boundaries(net.boundaries, order, filter(is_boundary, order))
   units = {}
   for name in order:
     calls = sum(n == name for n, _ in marks)
@@ -167,6 +171,21 @@ def take(net: Any, variables: Mapping[str, Any], x: Any) -> Survey:
       blocked=() if detached else tuple(
           n for n in units if n in used and not notes[n].get('taught')),
       batch_coupled=tuple(batch_coupled))
+
+
+def _check_boundaries(globs, order, boundaries):
+  """Raises for a glob without a module, and where the output would be cut."""
+  modules = [name.rpartition('/')[0] for name in boundaries]
+  for glob in globs:
+    if not any(paths.is_module(glob, module) for module in modules):
+      inside = [n.rpartition('/')[0] for n in order if '/' in n]
+      raise ValueError(
+          f'`boundaries` has the glob {glob!r}, which fits no module that the '
+          f'model calls; {paths.nearest(glob, dict.fromkeys(inside))}.')
+  if modules and order[-1] == unit_lib.boundary_name(modules[-1]):
+    raise ValueError(
+        f'module `{modules[-1]}` of `boundaries` must be followed by a unit, '
+        'since the output unit is taught by the exact error; leave it out.')
 
 
 def _note(call, notes):
@@ -235,7 +254,11 @@ def _info(name, note, output, is_output, calls):
       for c in type(note['unit'].affine_module).__mro__)
   ndim = len(note['inputs'][0].shape)
   features = ndim - 1
-  if positionwise:
+  if cls == base.BOUNDARY:
+    # [batch, positions, features] is a sequence; [batch, height, width,
+    # channels] is a map, whose every entry is a feature of its own.
+    positionwise, features = ndim == 3, 1 if ndim == 3 else features
+  elif positionwise:
     features = _contracted_axes(note['unit'].affine_module, ndim)
   return base.UnitInfo(
       name=name, kind=cls, inputs=note['inputs'], pre=note['pre'],

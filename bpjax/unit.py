@@ -10,6 +10,7 @@ from bpjax import base
 import jax
 import jax.numpy as jnp
 
+GAIN_TRANSPORTS = ('exact', 'feedback_diag')
 BARE = 'value'  # Name of the variable that holds a collection's bare array.
 
 
@@ -76,6 +77,35 @@ class PureUnit:
         None if a is None else a + b for a, b in zip(sent, delta.inputs))
 
 
+class Boundary(PureUnit):
+  """The output of a module as a unit: the identity, without parameters."""
+  owns_activation = False
+
+  def __init__(self):
+    self.affine_module = self
+
+  def _apply(self, params, inputs, replacement=None):
+    return inputs[0], inputs[0]
+
+
+def boundary_name(module: str) -> str:
+  """The name of the unit at the output of a module.
+
+  Example:
+    >>> boundary_name('stage_1/block_0')
+    'stage_1/block_0/boundary'
+  """
+  return f'{module}/{base.BOUNDARY.lower()}'
+
+
+def check_boundary(module: str, out: Any) -> None:
+  """Raises a ValueError unless a module's output is one array of floats."""
+  if not (_is_array(out) and jnp.issubdtype(out.dtype, jnp.inexact)):
+    raise ValueError(
+        f'module `{module}` of `boundaries` must return one array of floats, '
+        f'got {type(out).__name__}; name a module inside or around it.')
+
+
 def as_inputs(x: Any) -> tuple[Any, ...]:
   """The model's positional inputs: `x` itself, or the tuple that it is."""
   return x if isinstance(x, tuple) else (x,)
@@ -118,17 +148,56 @@ def uses_the_batch(
   return not (norm.use_running_average if given is None else given)
 
 
+def check_gain_transport(value: str) -> None:
+  """Raises a ValueError for what `norm_gain_transport` cannot be."""
+  if value not in GAIN_TRANSPORTS:
+    raise ValueError(
+        "`norm_gain_transport` must be 'exact' or 'feedback_diag', got "
+        f'{value!r}.')
+
+
+def gain(
+    x: base.Array, scale: base.Array, bias: base.Array | None) -> base.Array:
+  """A norm's gain and shift, whose message does not carry the gain.
+
+  Args:
+    x: what was normalised, `[batch, ..., features]`.
+    scale: the gain, `[features]`.
+    bias: the shift, `[features]`, or None.
+
+  Returns:
+    `scale * x + bias`. Its gradients with respect to `scale` and `bias` are
+    exact; towards `x`, a gain of 1 stands in, at which gains begin.
+  """
+  out = _gain(x, scale.astype(x.dtype))
+  return out if bias is None else out + bias.astype(x.dtype)
+
+
+@jax.custom_vjp
+def _gain(x, scale):
+  return x * scale
+
+
+def _gain_backward(residuals, teaching):
+  x, = residuals
+  axes = tuple(range(x.ndim - 1))
+  return teaching, jnp.sum(teaching * x, axis=axes)
+
+
+_gain.defvjp(lambda x, scale: (x * scale, (x,)), _gain_backward)
+
+
 def pack(tree: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:
   """Public form of a per-unit tree -> Flax collection.
 
   A unit whose part is a bare array has no name for it in public; Flax needs
-  one. It is a bare array where `params` holds a module.
+  one. It is a bare array where `params` holds a module, and at a boundary.
   """
   if not isinstance(tree, Mapping):
     return {BARE: tree} if isinstance(params, Mapping) else tree
-  if not isinstance(params, Mapping):
-    return dict(tree)
-  return {k: pack(v, params.get(k, {})) for k, v in tree.items()}
+  inside = dict(params) if isinstance(params, Mapping) else {}
+  inside[base.BOUNDARY.lower()] = {}
+  return {k: pack(v, inside.get(k)) for k, v in tree.items()}
 
 
 def unpack(tree: Any) -> Any:

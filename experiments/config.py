@@ -58,6 +58,9 @@ def default() -> ml_collections.ConfigDict:
   config.rule_args = {}  # The rule's own arguments: rule_args.scale = .5.
   config.model = 'mlp'  # A name of bpjax.models.names().
   config.model_args = {}  # The model's own arguments: model_args.widths = ...
+  # Globs for modules whose outputs are units, too, such as 'stage_*/block_*':
+  # what direct feedback brings there replaces all that arrives.
+  config.boundaries = ()
   config.dataset = 'digits'  # 'digits', or the name of a TFDS data set.
   config.data_dir = ''  # The TFDS directory; '': the variable TFDS_DATA_DIR.
   config.validation = 0  # Training examples set apart for validation.
@@ -159,10 +162,12 @@ def check(config: ml_collections.ConfigDict) -> None:
       raise ValueError(
           f'`{field}` must be finite numbers, positive ones for `pixel_std`, '
           f'got {config[field]!r}; leave it empty to measure it.')
-  if not all(isinstance(pattern, str) for pattern in config.frozen):
-    raise ValueError(
-        "`frozen` must be a list of path patterns, such as ('Dense_0',), got "
-        f'{config.frozen!r}.')
+  for field, example in (('frozen', 'Dense_0'), ('boundaries', 'block_*')):
+    if isinstance(config[field], str) or not all(
+        isinstance(pattern, str) for pattern in config[field]):
+      raise ValueError(
+          f'`{field}` must be a list of path patterns, such as ({example!r},), '
+          f'got {config[field]!r}.')
 
 
 def arguments(

@@ -100,7 +100,8 @@ def setup(
       seed=config.seed, train_examples=config.train_examples or None)
   feed = feed_lib.make(dataset.train, config.batch_size, config.seed, mesh)
   net = bpjax.from_linen(
-      make_model(**{'num_classes': dataset.num_classes} | model_args))
+      make_model(**{'num_classes': dataset.num_classes} | model_args),
+      boundaries=config.boundaries)
   outputs = _check_labels(net, dataset, config.batch_size)
   learner = step_lib.Learner(
       net=net, rule=rule, loss=step_lib.loss_function(config.loss, outputs),

@@ -6,8 +6,9 @@ Principled training of neural networks with direct feedback alignment, Launay,
 Poli and Krzakala, 2019 (https://arxiv.org/abs/1906.04554). The feedback of a
 layer projects the error of e = 1,000 classes, in float32. Independent matrices
 cost e * 4 bytes for every entry of every layer; one shared matrix, of which all
-layers read slices, costs that for the largest layer alone. There are two ways
-of counting a layer's entries, and both are printed:
+layers read slices, costs that for the largest layer alone. Sparse ones, in which
+a neuron reads one entry of the error, cost 6 bytes in place of e * 4: a value and
+where it stands. There are two ways of counting a layer's entries, and both are printed:
 
   paper   the output of each of the 15 hidden layers, before any pooling;
   here    what this program holds: the feedback enters at the next unit's
@@ -43,7 +44,14 @@ _TOLERANCE = flags.DEFINE_float(
     'Largest relative difference from the published numbers.', lower_bound=0.)
 
 PUBLISHED = {'independent': 55e9, 'shared': 13e9}
+# Arguments of the rule, for each way to keep the feedback.
+KINDS = {
+    'independent': {}, 'shared': {'shared': True},
+    'independent, sparse': {'connections': 1},
+    'shared, sparse': {'shared': True, 'connections': 1},
+}
 _BYTES = 4  # Of a float32.
+_ENTRY_BYTES = 2  # Of the index of an entry of the error.
 
 
 class Layer(NamedTuple):
@@ -83,24 +91,30 @@ def hidden_layers(net) -> list[Layer]:
       for unit, reader in zip(units, units[1:])]
 
 
-def predicted_bytes(sizes: list[int], errors: int, shared: bool) -> int:
+def predicted_bytes(
+    sizes: list[int], errors: int, shared: bool = False, connections: int = 0
+) -> int:
   """The bytes of feedback for layers of these sizes.
 
   Args:
     sizes: entries of each layer.
     errors: entries of the error, e.
     shared: whether all layers read one matrix.
+    connections: how many entries of the error a neuron reads; 0: all.
 
   Example:
     >>> predicted_bytes([3, 2], 10, shared=True)
     120
   """
-  return (max(sizes) if shared else sum(sizes)) * errors * _BYTES
+  neurons = max(sizes) if shared else sum(sizes)
+  if connections:
+    return neurons * connections * (_BYTES + _ENTRY_BYTES)
+  return neurons * errors * _BYTES
 
 
-def feedback_bytes(net, variables, x, shared: bool, allocate: bool) -> int:
+def feedback_bytes(net, variables, x, kind: str, allocate: bool) -> int:
   """The bytes of the rule's own feedback, allocated or as shapes."""
-  rule = bpjax.rules.direct_feedback_alignment(shared=shared)
+  rule = bpjax.rules.direct_feedback_alignment(**KINDS[kind])
 
   def init(key, variables, x):
     return rule.init(key, net, variables, x)
@@ -118,9 +132,9 @@ def check_small() -> list[str]:
   sizes = [layer.read for layer in hidden_layers(net)]
   variables, x = jax.tree.map(
       lambda a: jnp.zeros(a.shape, a.dtype), (shapes, x))
-  for kind in PUBLISHED:
-    predicted = predicted_bytes(sizes, 10, kind == 'shared')
-    held = feedback_bytes(net, variables, x, kind == 'shared', allocate=True)
+  for kind, arguments in KINDS.items():
+    predicted = predicted_bytes(sizes, 10, **arguments)
+    held = feedback_bytes(net, variables, x, kind, allocate=True)
     print(f'launay_cnn, {kind}: {held:,} bytes allocated, '
           f'{predicted:,} predicted')
     if held != predicted:
@@ -152,15 +166,15 @@ def check_vgg16(tolerance: float, console: rich.console.Console) -> list[str]:
       'feedback', _right('paper'), _right("paper's count, ours"),
       _right('difference'), _right('held by this program'),
       title='Table 1: feedback of VGG-16, 1,000 classes, float32')
-  for kind, published in PUBLISHED.items():
-    shared = kind == 'shared'
-    counted = predicted_bytes([a.output for a in layers], 1000, shared)
-    held = feedback_bytes(net, variables, x, shared, allocate=False)
-    predicted = predicted_bytes([a.read for a in layers], 1000, shared)
-    difference = counted / published - 1
+  for kind, arguments in KINDS.items():
+    published = PUBLISHED.get(kind)
+    counted = predicted_bytes([a.output for a in layers], 1000, **arguments)
+    held = feedback_bytes(net, variables, x, kind, allocate=False)
+    predicted = predicted_bytes([a.read for a in layers], 1000, **arguments)
+    difference = counted / published - 1 if published else 0.
     table.add_row(
-        kind, f'{published / 1e9:.0f} GB', f'{counted / 1e9:.2f} GB',
-        f'{100 * difference:+.1f}%', f'{held / 1e9:.2f} GB')
+        kind, f'{published / 1e9:.0f} GB' if published else '-', _size(counted),
+        f'{100 * difference:+.1f}%' if published else '-', _size(held))
     if abs(difference) > tolerance:
       wrong.append(
           f'{kind}: {counted / 1e9:.2f} GB by the paper\'s count, which is '
@@ -169,6 +183,10 @@ def check_vgg16(tolerance: float, console: rich.console.Console) -> list[str]:
       wrong.append(f'{kind}: {held:,} bytes in place of {predicted:,}')
   console.print(table)
   return wrong
+
+
+def _size(count):
+  return f'{count / 1e9:.2f} GB' if count >= 1e9 else f'{count / 1e6:.1f} MB'
 
 
 def _right(header):

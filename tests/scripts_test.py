@@ -44,6 +44,9 @@ class LaunayTable1Test(absltest.TestCase):
     # 15*15*32 + 7*7*64 + 3*3*64 + 128 entries for ten classes.
     self.assertIn('441,600 bytes allocated', done.stdout)
     self.assertIn('288,000 bytes allocated', done.stdout)
+    # One connection of 6 bytes in place of ten of 4.
+    self.assertIn('66,240 bytes allocated', done.stdout)
+    self.assertIn('53.8 MB', done.stdout)
 
   def test_exits_with_1_outside_the_tolerance(self):
     done = run('launay_table1.py', '--tolerance=.013')

@@ -6,6 +6,7 @@ networks with direct feedback alignment, Launay, Poli and Krzakala, 2019
 (https://arxiv.org/abs/1906.04554).
 """
 
+from collections.abc import Mapping
 import math
 
 from bpjax import base
@@ -15,8 +16,8 @@ import jax.numpy as jnp
 
 
 def direct_feedback_alignment(
-    shared: bool = False, scale: float = 1., normalise: bool = True
-) -> credit.Rule:
+    shared: bool = False, scale: float = 1., normalise: bool = True,
+    placement: str = 'layers', connections: int = 0) -> credit.Rule:
   r"""Direct feedback alignment: each layer is taught a projection of the error.
 
   .. math::
@@ -27,8 +28,15 @@ def direct_feedback_alignment(
   that *reads* layer l, as `feedback[unit]` of shape `[n_out, *its input]`: that
   unit hands down :math:`e B_l^T` in place of its input's gradient, and the exact
   VJP of what lies between (norm, pooling, dropout, activation) follows. The
-  output unit's own update is exact. Where several units read one tensor, their
-  projections add up; a skip connection carries its own signal past the unit.
+  output unit's own update is exact.
+
+  Where several units read one tensor, their projections add up, and a skip
+  connection carries its own signal past the unit: what arrives at a residual
+  block's output is a mixture of direct terms. Where the network has boundaries,
+  `from_linen(model, boundaries=['block_*'])`, the error is projected to the
+  output of each block *in place of* all that arrives there: purely direct
+  feedback. `placement='boundaries'` projects it there alone, and takes the exact
+  gradient inside the blocks.
 
   Sequences: a unit that treats positions alike (Dense) and an error per sequence
   share one projection, `[n_out, features]`, broadcast over the T positions and
@@ -49,13 +57,23 @@ def direct_feedback_alignment(
       independent matrices.
     normalise: for the shared matrix: whether to divide by
       :math:`\sqrt{l\,n_{out}}`.
+    placement: 'layers', or 'boundaries' alone.
+    connections: how many entries of the error each neuron reads, at random; 0:
+      all. Direct feedback alignment with sparse connections for local learning,
+      Crafton, Parihar, Gebhardt and Raychowdhury, 2019
+      (https://arxiv.org/abs/1903.02083). The standard deviation is
+      `1/sqrt(connections)` then, or :math:`1/\sqrt{l\,connections}`.
 
   Returns:
     A rule; `feedback[unit]` is an array, or with `shared` there is one array
-    for all. Fixed: keep it from the optimiser with `rule.trainable`.
+    for all; with `connections` `{'entries': ..., 'values': ...}`, both of shape
+    `[connections, *its input]`. Fixed: keep it from the optimiser with
+    `rule.trainable`.
 
   Raises:
-    ValueError: if `scale` is not positive; for a unit that is called twice.
+    ValueError: for a value out of range; for a unit that is called twice, a
+      network without boundaries under `placement='boundaries'`, and more
+      connections than the error has entries.
 
   Example:
     >>> import bpjax
@@ -63,16 +81,42 @@ def direct_feedback_alignment(
   """
   if scale <= 0:
     raise ValueError(f'`scale` must be positive, got {scale}.')
+  if placement not in ('layers', 'boundaries'):
+    raise ValueError(
+        f"`placement` must be 'layers' or 'boundaries', got {placement!r}.")
+  if connections != int(connections) or connections < 0:
+    raise ValueError(
+        '`connections` must be a whole number, or 0 for all entries, got '
+        f'{connections}.')
+
+  def projects(info):
+    """Whether the unit hands down a projection of the error."""
+    return _sends(info) and (
+        placement == 'layers' or info.kind == base.BOUNDARY)
+
+  def draw(key, n_out, shape, dtype, std):
+    """B as it is kept: whole, or the entries of the error that are read."""
+    if not connections:
+      return std * jax.random.normal(key, (n_out, *shape), dtype)
+    if connections > n_out:
+      raise ValueError(
+          f'`connections` must be at most the {n_out} entries of the error, '
+          f'got {connections}; 0 takes them all.')
+    value_key, entry_key = jax.random.split(key)
+    return {
+        'entries': _distinct(entry_key, connections, n_out, shape),
+        'values': std * jax.random.normal(
+            value_key, (connections, *shape), dtype)}
 
   def init_unit(key, info, params):
-    if shared or not _sends(info):
+    if shared or not projects(info):
       return None
-    shape = feedback_shape(info)
-    dtype = jax.tree.leaves(params)[0].dtype
-    return scale / math.sqrt(shape[0]) * jax.random.normal(key, shape, dtype)
+    n_out, *shape = feedback_shape(info)
+    std = scale / math.sqrt(connections or n_out)
+    return draw(key, n_out, shape, _dtype(params, info), std)
 
   def init_shared(key, units):
-    shapes = [feedback_shape(i) for i in units.values() if _sends(i)]
+    shapes = [feedback_shape(i) for i in units.values() if projects(i)]
     if not shapes:
       return None
     n_outs = sorted({shape[0] for shape in shapes})
@@ -81,42 +125,54 @@ def direct_feedback_alignment(
           '`shared` needs one size of error for all units, and this model has '
           f'{n_outs}: some units read the error position by position and some '
           'flattened; use `shared=False`.')
-    n_out = n_outs[0]
     largest = max(math.prod(shape[1:]) for shape in shapes)
-    dtype = jax.tree.leaves(next(iter(units.values())).params)[0].dtype
-    return scale * jax.random.normal(key, (n_out, largest), dtype)
+    first = next(iter(units.values()))
+    return draw(key, n_outs[0], (largest,), _dtype(first.params, first), scale)
 
   def weights(info, feedback):
-    """B of one unit, [n_out, *its input]."""
+    """B of one unit, [n_out or connections, *its input]."""
     if not shared:
       return feedback
     n_out, *shape = feedback_shape(info)
     size = math.prod(shape)
-    norm = math.sqrt(size * n_out) if normalise else 1.
-    return feedback[:, :size].reshape(n_out, *shape) / norm
+    part = jax.tree.map(lambda f: f[:, :size].reshape(-1, *shape), feedback)
+    norm = math.sqrt(size * (connections or n_out)) if normalise else 1.
+    if connections:
+      return {**part, 'values': part['values'] / norm}
+    return part / norm
 
   def backward(unit, params, feedback, activations, signal):
     info = unit.info
     delta = unit.delta(params, activations, signal.teaching)
     messages = [None] * len(activations.inputs)
-    if _sends(info):
+    if projects(info):
       read = _reads(info)
       messages[read] = _project(
           info, signal.error, weights(info, feedback), activations.inputs[read])
+    elif placement == 'boundaries' and info.sends:
+      messages = unit.inputs_vjp(params, params, activations, delta)
     return base.Credit(
         params=unit.params_vjp(params, activations, delta),
         inputs=tuple(messages))
 
+  def check_units(units):
+    if placement == 'boundaries' and not any(
+        info.kind == base.BOUNDARY for info in units.values()):
+      raise ValueError(
+          "`placement='boundaries'` needs a network with boundaries, and this "
+          "one has none; name its blocks, `from_linen(model, boundaries="
+          "['block_*'])`.")
+
   def weight_target(units, params, feedback):
     """F_{l-1} F_l^T for each kernel of a chain of dense layers; F_L = 1."""
     flat = {}
-    for name in filter(lambda name: _sends(units[name]), feedback):
+    for name in filter(lambda name: projects(units[name]), feedback):
       shape = feedback_shape(units[name])
-      whole = weights(units[name], feedback[name])
+      whole = _whole(weights(units[name], feedback[name]), shape[0])
       if whole.shape != shape:  # A stack of layers under `nn.scan`.
         return {}
       flat[name] = whole.reshape(shape[0], -1)
-    if len({len(f) for f in flat.values()}) != 1:
+    if len({len(f) for f in flat.values()}) != 1 or None in params.values():
       return {}
     above = [*list(flat.values())[1:], jnp.eye(len(next(iter(flat.values()))))]
     targets = {n: {'kernel': f.T @ up} for (n, f), up in zip(flat.items(), above)}
@@ -128,14 +184,20 @@ def direct_feedback_alignment(
   return credit.Rule(
       name='direct_feedback_alignment', backward=backward,
       init_unit=init_unit, init_shared=init_shared if shared else None,
-      port=lambda info: 'output' if _sends(info) else None,
-      weight_target=weight_target)
+      port=lambda info: 'output' if projects(info) else None,
+      check_units=check_units, weight_target=weight_target)
 
 
 def feedback_shape(info: base.UnitInfo) -> tuple[int, ...]:
   """The shape of a unit's feedback, `[n_out, *features of its input]`."""
   n_out, features, _ = _layout(info)
   return (n_out, *features)
+
+
+def _dtype(params, info):
+  """That of the unit's parameters; of what it passes on for a boundary."""
+  leaves = jax.tree.leaves(params) or [info.out]
+  return leaves[0].dtype
 
 
 def _layout(info):
@@ -158,12 +220,9 @@ def _layout(info):
 
 def _project(info, error, weights, x):
   _, features, mode = _layout(info)
-  weights = weights.astype(error.dtype)
   if mode == 'each':
-    return jnp.tensordot(error, weights, 1).astype(x.dtype)
-  if error.ndim != 2:
-    error = error.reshape(error.shape[0], -1)
-  message = jnp.tensordot(error, weights, 1)
+    return _times(error, weights).astype(x.dtype)
+  message = _times(error.reshape(error.shape[0], -1), weights)
   if mode == 'broadcast':
     positions = x.shape[1:x.ndim - len(features)]
     message = message.reshape(
@@ -171,6 +230,39 @@ def _project(info, error, weights, x):
     message = message / math.sqrt(math.prod(positions))
     message = jnp.broadcast_to(message, x.shape)
   return message.astype(x.dtype)
+
+
+def _times(error, weights):
+  """e B^T, over the last axis of the error."""
+  if not isinstance(weights, Mapping):
+    return jnp.tensordot(error, weights.astype(error.dtype), 1)
+  return sum(
+      error[..., entries] * values.astype(error.dtype)
+      for entries, values in zip(weights['entries'], weights['values']))
+
+
+def _distinct(key, count, n_out, shape):
+  """`count` different whole numbers below `n_out` for each neuron.
+
+  Floyd's sampling: never more than the result in memory.
+  """
+  dtype = jnp.int16 if n_out < 2**15 else jnp.int32
+  drawn = []
+  for last in range(n_out - count, n_out):
+    key, own = jax.random.split(key)
+    new = jax.random.randint(own, shape, 0, last + 1, dtype)
+    taken = sum((new == old for old in drawn), jnp.zeros(shape, bool))
+    drawn.append(jnp.where(taken, jnp.array(last, dtype), new))
+  return jnp.stack(drawn)
+
+
+def _whole(weights, n_out):
+  """B with its zeros, [n_out, ...]."""
+  if not isinstance(weights, Mapping):
+    return weights
+  entries, values = weights['entries'], weights['values']
+  one_hot = jax.nn.one_hot(entries, n_out, axis=1, dtype=values.dtype)
+  return jnp.sum(one_hot * values[:, None], axis=0)
 
 
 def _reads(info):

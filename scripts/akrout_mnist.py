@@ -21,7 +21,8 @@ that feedback; here it does not exist.
 
 Must hold: output angle of feedback alignment between 35 and 45 degrees, of
 weight mirror and Kolen-Pollack below 8; every accuracy within 0.4 points of
-the published one.
+the published one. The row `weight_mirror_code`, with the mirror of the authors'
+program in place of ours, is shown only.
 """
 
 import math
@@ -36,6 +37,8 @@ _PUBLISHED = {
     'weight_mirror': (98.49, 3.79, 3.21),
     'kolen_pollack': (98.45, 3.62, 3.15),
 }
+# The same numbers were made with the authors' own mirror: shown, not checked.
+_MIRROR = {'weight_mirror_code': _PUBLISHED['weight_mirror']}
 _ACCURACY, _OUTPUT, _DELTA = 'test accuracy, %', 'output angle', 'delta angle'
 
 
@@ -53,7 +56,8 @@ def _angle(unit, kind):
 
 
 def _row(name):
-  numbers = zip((_ACCURACY, _OUTPUT, _DELTA), _PUBLISHED[name])
+  published = (_PUBLISHED | _MIRROR)[name]
+  numbers = zip((_ACCURACY, _OUTPUT, _DELTA), published)
   return reproduction.Row(name, akrout_mnist.get_config(name), {
       column: reproduction.Number(value)
       for column, value in numbers if value is not None})

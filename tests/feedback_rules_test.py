@@ -168,8 +168,8 @@ class WeightMirrorTest(float64.Float64TestCase):
   def test_convolutions_tap_by_tap(self):
     x = jnp.ones((2, 5, 5, 2))
     model = nn.Sequential([
-        nn.Conv(3, (3, 3)), nn.tanh,
-        nn.Conv(4, (3, 3), strides=2, feature_group_count=1), nn.tanh,
+        nn.Conv(4, (3, 3)), nn.tanh,
+        nn.Conv(4, (3, 3), strides=2, feature_group_count=2), nn.tanh,
         lambda h: h.reshape(h.shape[0], -1), nn.Dense(3)])
     _, params, feedback = self.mirrored(model, x, 1500, samples=64)
     self.assert_mirrors(params, feedback, 1., .99)
@@ -216,6 +216,30 @@ class WeightMirrorTest(float64.Float64TestCase):
         .3 * noise.T @ (noise @ weights) / 6)
     np.testing.assert_allclose(
         credit.feedback['kernel'] / 5, expected, atol=1e-14)
+
+  def test_one_convolution_against_numpy(self):
+    model = nn.Sequential([nn.Conv(4, (3, 3)), nn.tanh, nn.Conv(3, (3, 3))])
+    net, variables, x = float64.setup(model, jnp.ones((5, 4, 6, 2)))
+    rule = bpjax.rules.weight_mirror(samples=3, sigma=.5, rate=.3, decay=.1)
+    feedback = rule.init(jax.random.key(1), net, variables, x)['layers_2']
+    unit, params = net.units['layers_2'], variables['params']['layers_2']
+    inputs = (jnp.ones((5, 4, 6, 4)),)
+    pre = unit.affine(params, inputs)
+    credit = rule.backward(
+        unit, params, feedback, bpjax.Activations(inputs, pre, pre),
+        bpjax.Signal(jnp.zeros_like(pre), None, jax.random.key(4), 7))
+    noise = .5 * np.asarray(jax.random.normal(
+        jax.random.split(jax.random.key(4), 1)[0], (3, 4, 6, 4), jnp.float64))
+    kernel = np.asarray(params['kernel'])
+    echo = reference.conv2d_same(noise, kernel)
+    correlation = reference.conv2d_same_vjp_kernel(echo, noise, kernel.shape)
+    # A tap beside the middle misses a row or a column of positions.
+    rows, columns = np.array([3, 4, 3]), np.array([5, 6, 5])
+    positions = (rows[:, None] * columns)[:, :, None, None]
+    expected = .1 * np.asarray(feedback['kernel']) - (
+        .3 * correlation / (3 * positions))
+    np.testing.assert_allclose(
+        credit.feedback['kernel'] / 7, expected, atol=1e-14)
 
   def test_arguments(self):
     for name, value in (

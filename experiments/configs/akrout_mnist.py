@@ -12,7 +12,8 @@ variance 1 / (fan-in + fan-out).
 
 The authors' mirror has no decay, so that B grows without bound; here, the decay
 equals the rate and B comes to W itself. With a rate of .001 the noise in B is at
-2.5 degrees of W: sqrt(rate * 500 / (2 * 128)).
+2.5 degrees of W: sqrt(rate * 500 / (2 * 128)). The row `weight_mirror_code` has
+the mirror of their program: uniform noise, sigmoids, biases on, no decay.
 """
 
 import math
@@ -21,7 +22,7 @@ from experiments import config as config_lib
 
 ROWS = {
     'backprop': .2, 'feedback_alignment': .2, 'weight_mirror': .05,
-    'kolen_pollack': .3}
+    'kolen_pollack': .3, 'weight_mirror_code': .05}
 _FAN_IN, _FAN_OUT = 500, 10  # Of the only matrix that sends anything.
 
 
@@ -29,7 +30,7 @@ def get_config(row: str = 'backprop'):
   if row not in ROWS:
     raise ValueError(f'the row must be one of {", ".join(ROWS)}, got {row!r}.')
   config = config_lib.default()
-  config.rule = row
+  config.rule = row.removesuffix('_code')
   config.dataset = 'mnist'
   config.pixel_mean, config.pixel_std = (0.,), (1.,)
   config.model = 'mlp'
@@ -45,6 +46,11 @@ def get_config(row: str = 'backprop'):
     config.rule_args.scale = math.sqrt(_FAN_IN / (_FAN_IN + _FAN_OUT))
   if row == 'weight_mirror':
     config.rule_args.rate = config.rule_args.decay = .001
+  if row == 'weight_mirror_code':
+    config.rule_args.update({
+        'decay': 0., 'sigma': .1, 'noise': 'uniform', 'activation': 'sigmoid',
+        'bias': True})
+  if config.rule == 'weight_mirror':
     config.feedback_optimizer = 'sgd'
     config.feedback_learning_rate = 1.
     config.mirror_first = 468

@@ -82,7 +82,8 @@ def _published(name):
           'Dense_0': math.cos(math.radians(paper.get('delta angle', 0.))),
           'Dense_1': math.cos(math.radians(paper.get('output angle', 0.)))}
     elif name == 'launay_table2':
-      cosines = {f'dense_{i}': paper[f'cosine {i}'] for i in (1, 2, 3)}
+      cosines = {
+          f'dense_{i}': paper.get(f'cosine {i}', .5) for i in (1, 2, 3)}
     elif name == 'launay_table4':
       cosines = {
           unit: paper[f'cos {unit}']

@@ -2,6 +2,7 @@
 
 from bpjax import losses
 from bpjax import models
+from bpjax import nn
 from bpjax import paths
 from bpjax import rules
 from bpjax import testing

@@ -15,7 +15,7 @@ Loss = Callable[[Any, Any], Array]
 
 # What the engines keep in Flax collections beside the model's own.
 BOUNDARY = 'Boundary'  # The kind, and in lower case the name, of a boundary.
-COLLECTIONS = ('feedback', 'ports', 'noise', 'probes')
+COLLECTIONS = ('feedback', 'ports', 'noise', 'probes', 'taps')
 
 
 class Activations(NamedTuple):
@@ -39,8 +39,9 @@ class Signal(NamedTuple):
     teaching: what arrives at the unit's output in place of the gradient
       `d(sum_n l_n)/d(out)`, in the shape of `out`. Per example: it was never
       divided by the batch size.
-    error: the error of the unit's port, `d(sum_n l_n)/d(output)` in the shape
-      of the model's output, or None for a unit without a port.
+    error: the error of the unit's port: `d(sum_n l_n)/d(output)` in the shape
+      of the model's output, or what another unit answered as its `source`, in
+      the shape of that unit's output; None for a unit without a port.
     key: the unit's own random key for this step (None for a rule that does not
       say `stochastic=True`).
     divisor: what the engine will divide the unit's updates by (the number of
@@ -61,10 +62,13 @@ class Credit(NamedTuple):
       A tuple of the length of `Activations.inputs`.
     feedback: an update for the unit's feedback in its structure, or None where
       the feedback is fixed.
+    source: the unit's own error, in the shape of its output, for the units
+      whose ports name this one; None where none does.
   """
   params: Tree
   inputs: tuple[Array | None, ...]
   feedback: Tree | None = None
+  source: Array | None = None
 
 
 class Aux(NamedTuple):
@@ -102,6 +106,11 @@ class UnitInfo:
       input's middle axes (Dense, DenseGeneral), so that its features are the
       last axes alone.
     feature_axes: the number of trailing input axes that are its features.
+    owns_activation: whether the unit holds its nonlinearity.
+    reads: for each input, the unit whose output it is, with nothing between
+      but a reshape, pooling, a mask (dropout) or a constant factor; or None.
+    readers: the units whose first input is this unit's output, in that sense.
+    outs: shape and dtype of every unit's output, in the order of the calls.
   """
   name: str
   kind: str
@@ -116,6 +125,11 @@ class UnitInfo:
   calls: int
   positionwise: bool
   feature_axes: int
+  owns_activation: bool = False
+  reads: tuple[str | None, ...] = ()
+  readers: tuple[str, ...] = ()
+  outs: Mapping[str, jax.ShapeDtypeStruct] = dataclasses.field(
+      default_factory=dict)
 
 
 class Delta(NamedTuple):

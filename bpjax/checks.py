@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from bpjax import base
+from bpjax import paths
 
 
 def check_visible(survey: Any) -> None:
@@ -30,6 +32,25 @@ def _unlisted(unit, collection, who):
       f'unit `{unit}` is inside an `nn.scan` (or another lifted transform) that '
       f'does not pass on `{collection}`, which {who} needs there; add {where} '
       "to it (where it broadcasts 'params', broadcast 'feedback', too).")
+
+
+def check_sources(sources: Mapping[str, str], survey: Any) -> None:
+  """Raises for ports whose sources are unknown or run more than once.
+
+  Args:
+    sources: unit -> the unit whose error its port reads.
+    survey: of the network.
+  """
+  for name, source in sources.items():
+    if source not in survey.units:
+      raise ValueError(
+          f'unit `{name}` is wired to `{source}`, which is no unit; '
+          f'{paths.nearest(source, survey.units)}.')
+  for name in (*sources, *sources.values()):
+    if name in survey.lifted or survey.units[name].info.calls > 1:
+      raise ValueError(
+          f'unit `{name}` is wired to another unit and runs more than once in '
+          'a forward pass, or in a scan; give each call a unit of its own.')
 
 
 def check_unit(

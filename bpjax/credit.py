@@ -53,11 +53,12 @@ class Rule:
       array, or None.
     init_shared: `(key, units) -> feedback` that several units read, or None;
       a unit without feedback of its own gets it as `feedback`.
-    port: `(info) -> 'output'` for a unit that reads the output's error, else
-      None.
+    port: `(info) -> 'output'` for a unit that reads the output's error, the
+      name of a unit for one that reads that unit's `Credit.source`, else None.
     check_units: `({unit: info}) -> None`, raises a ValueError where the units
       that the rule is to train, together, are none that it can.
-    learns_feedback: whether an optimiser may touch the feedback.
+    learns_feedback: whether an optimiser may touch the feedback; or, path of a
+      leaf -> whether it may touch that.
     stochastic: whether `backward` draws random numbers (`signal.key`).
     mirrors: whether the feedback learns from noise, not from the data, so that
       a trainer may choose at which steps it does.
@@ -71,7 +72,7 @@ class Rule:
   init_shared: Callable[..., base.Tree] | None = None
   port: Callable[[base.UnitInfo], str | None] = no_port
   check_units: Callable[[Mapping[str, base.UnitInfo]], None] = any_units
-  learns_feedback: bool = False
+  learns_feedback: bool | Callable[[str], bool] = False
   stochastic: bool = False
   mirrors: bool = False
   linear: bool = True
@@ -105,11 +106,8 @@ class Rule:
       rule.check_units(units)
     for name, info in survey.units.infos.items():
       label, rule = self.rule_for(name)
-      if rule.port(info) not in (None, 'output'):
-        raise ValueError(
-            f"`port` of rule `{label}` must be None or 'output' at unit "
-            f'`{name}`, got {rule.port(info)!r}.')
       checks.check_unit(name, info, label, rule, survey)
+    self._sources(survey)
 
   def init(
       self, key: base.Key, net: linen.Network, variables: Mapping[str, Any],
@@ -153,6 +151,35 @@ class Rule:
     state = [c for c in variables if c not in _OWN]
     return jax.jit(draw)(key, dict(variables), x)
 
+  def _sources(self, survey):
+    """Unit -> the unit whose error its port reads; and how deep they hang."""
+    ports = {
+        name: self.rule_for(name)[1].port(info)
+        for name, info in survey.units.infos.items()}
+    sources = {n: p for n, p in ports.items() if p not in (None, 'output')}
+    checks.check_sources(sources, survey)
+    depths = {}
+
+    def depth(name, around=()):
+      """How many units' errors have to be known before this one's is."""
+      if name in around:
+        cycle = [*around[around.index(name):], name]
+        raise ValueError(
+            'the wiring goes round and never reaches the output: '
+            f'{" -> ".join(cycle)}; wire one of them to \'output\'.')
+      if name not in depths:
+        around = (*around, name)
+        if name in sources:
+          depths[name] = 1 + depth(sources[name], around)
+        elif ports[name] == 'output':
+          depths[name] = 0
+        else:
+          readers = survey.units[name].info.readers
+          depths[name] = max((depth(r, around) for r in readers), default=0)
+      return depths[name]
+
+    return sources, max(map(depth, sources), default=0)
+
   def _init_shared(self, key, units):
     members = {
         label: (rule, infos)
@@ -178,8 +205,11 @@ class Rule:
       >>> bpjax.rules.feedback_alignment().trainable({'Dense_1': {'kernel': 1.}})
       {'Dense_1': {'kernel': False}}
     """
-    return paths.map_with_name(
-        lambda name, _: self._rule_of_leaf(name).learns_feedback, feedback)
+    def learns(name, _):
+      learns = self._rule_of_leaf(name).learns_feedback
+      return learns(name) if callable(learns) else learns
+
+    return paths.map_with_name(learns, feedback)
 
   def mirrored(self, feedback: base.Tree) -> base.Tree:
     """A tree of bools: which feedback learns from noise (`mirrors`)."""
@@ -261,31 +291,50 @@ class Rule:
     feedback = dict(feedback)
     shared = feedback.get(SHARED, {})
     count = jax.eval_shape(loss, survey.output, y).size
+    sources, depth = self._sources(survey)
+    taps = paths.nest({
+        f'{name}/tap_0': zeros_like_output(survey.units[name].info.out)
+        for name in sources.values()})
     visit = functools.partial(
         self._visit, survey=survey, shared=shared,
         divisor=lambda unit: reduction_lib.divisor(reduction, unit, count))
 
-    def forward(params, feedback, probes):
+    def forward(params, feedback, probes, taps):
       own = {k: v for k, v in feedback.items() if k != SHARED}
       collections = {
           **state, 'params': params, 'feedback': unit_lib.pack(own, params)}
       if probes is not None:
         collections['probes'] = probes
+      if taps:
+        collections['taps'] = taps
       output, state_out = net.run(
           collections, x, visit, key, [*state, 'ports'])
       ports = state_out.pop('ports', {})
       return (output, ports), {c: state_out[c] for c in state}
 
     (output, ports), pull, state = jax.vjp(
-        forward, params, feedback, probes, has_aux=True)
+        forward, params, feedback, probes, taps, has_aux=True)
     losses, pull_loss = jax.vjp(lambda o: loss(o, y), output)
     reduction_lib.check_losses(losses, output)
     error, = pull_loss(jnp.ones_like(losses))
-    grads = pull((error, jax.tree.map(lambda p: _to_port(error, p), ports)))
+
+
+    def seed(name, port):
+      source = sources.get(name.rpartition('/')[0])
+      if source is None:
+        return _to_port(error, port)
+      return paths.subtree(errors, source)['tap_0']
+
+    # One pull a level of the wiring: it brings the errors of the units that
+    # hang on those already known. XLA merges what they have in common.
+    errors = taps
+    for _ in range(depth):
+      *_, errors = pull((error, paths.map_with_name(seed, ports)))
+    *grads, _ = pull((error, paths.map_with_name(seed, ports)))
     # Feedback may hold whole numbers, which have no gradient: zeros of theirs.
     grads = jax.tree.map(
         lambda g, x: jnp.zeros_like(x) if g.dtype == jax.dtypes.float0 else g,
-        grads, (params, feedback, probes))
+        tuple(grads), (params, feedback, probes))
     return jnp.mean(losses), base.Aux(output, state), grads, count
 
   def signals(self, net, loss, variables, feedback, x, y, key):
@@ -342,8 +391,11 @@ class Rule:
       return call.original()
     feedback = _feedback_of(call, info, label, rule, shared.get(label))
     key = call.key() if rule.stochastic else None
-    out, port = _wrap(call.unit, info, rule, divisor(call.name))(
-        call.params, feedback, call.inputs, key)
+    source = rule.port(info)
+    read = (None if source is None else info.net_output if source == 'output'
+            else survey.units[source].info.out)
+    out, port = _wrap(call.unit, info, rule, divisor(call.name), read)(
+        call.params, feedback, call.inputs, key, call.read('taps', 'tap'))
     if port is not None:
       call.write('ports', port, 'port')
     return out if probe is None else out + probe
@@ -421,33 +473,41 @@ def _feedback_of(call, info, label, rule, shared):
   return feedback
 
 
-def _wrap(unit, info, rule, divisor):
-  """The unit as a function with the rule for its derivative."""
+def _wrap(unit, info, rule, divisor, read):
+  """The unit as a function with the rule for its derivative.
+
+  `read` has the shape of the error that the unit's port reads, if any.
+  """
   unit.info = info
-  has_port = rule.port(info) is not None
 
   def primal(params, inputs):
     pre, out = unit(params, inputs)
-    port = zeros_like_output(info.net_output) if has_port else None
+    port = None if read is None else zeros_like_output(read)
     return pre, out, port
 
   @jax.custom_vjp
-  def call(params, feedback, inputs, key):
-    del feedback, key
+  def call(params, feedback, inputs, key, tap):
+    del feedback, key, tap
     return primal(params, inputs)[1:]
 
-  def forward(params, feedback, inputs, key):
+  def forward(params, feedback, inputs, key, tap):
     pre, out, port = primal(params, inputs)
-    return (out, port), (params, feedback, inputs, pre, out, key)
+    return (out, port), (params, feedback, inputs, pre, out, key, tap)
 
   def backward(residuals, cotangents):
-    params, feedback, inputs, pre, out, key = residuals
+    params, feedback, inputs, pre, out, key, tap = residuals
     teaching, error = cotangents
     credit = rule.backward(
         unit, params, feedback, base.Activations(inputs, pre, out),
         base.Signal(teaching, error, key, divisor))
+    if tap is not None and credit.source is None:
+      raise ValueError(
+          f'a port names unit `{info.name}` as its source, and rule '
+          f'`{rule.name}` answers no `Credit.source` there; wire it to '
+          "'output', or to a unit of a rule that does.")
     return (credit.params, credit.feedback,
-            _check_messages(info, rule, inputs, credit.inputs), None)
+            _check_messages(info, rule, inputs, credit.inputs), None,
+            None if tap is None else credit.source)
 
   call.defvjp(forward, backward)
   return call

@@ -13,6 +13,7 @@ import itertools
 from typing import Any
 
 from bpjax import base
+from bpjax import nn as bpjax_nn
 from bpjax import paths
 from bpjax import survey as survey_lib
 from bpjax import unit as unit_lib
@@ -42,8 +43,8 @@ def from_linen(
   """Makes a network of units out of any Flax linen model, which stays as it is.
 
   A unit is an affine operation (`Dense`, `DenseGeneral`, `Conv`, `ConvLocal`,
-  `ConvTranspose`, `Einsum`, `Embed`, or a subclass), or a module that `is_unit`
-  chooses. Everything between units keeps its exact derivative.
+  `ConvTranspose`, `Einsum`, `Embed`, or a subclass), a `bpjax.nn.Layer`, or a
+  module that `is_unit` chooses. Everything between units keeps its exact derivative.
 
   Args:
     model: the module.
@@ -99,7 +100,8 @@ class Network(survey_lib.Network):
     unit_lib.check_gain_transport(norm_gain_transport)
     self._transports_gain = norm_gain_transport == 'exact'
     self.model = model
-    self._is_unit = is_unit or (lambda module: False)
+    chosen = is_unit or (lambda module: False)
+    self._is_unit = lambda m: isinstance(m, bpjax_nn.Layer) or chosen(m)
     self._train_args = train_args
     self._eval_args = eval_args
     self._rngs = rngs
@@ -216,11 +218,7 @@ class _Interceptor:
 
   def _fixed_gain(self, module, args, kwargs):
     """What a norm puts out; its gain stays out of what is sent below."""
-    axes = getattr(module, 'feature_axes', getattr(module, 'axis', -1))
-    if axes not in (-1, (-1,), [-1]):
-      raise ValueError(
-          f"`norm_gain_transport='feedback_diag'` needs features on the last "
-          f'axis, and norm `{"/".join(module.scope.path)}` has them on {axes}.')
+    unit_lib.check_features_last(module, '/'.join(module.scope.path))
     flags = {'use_scale': False}
     if hasattr(module, 'use_bias'):
       flags['use_bias'] = False

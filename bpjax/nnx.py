@@ -47,7 +47,12 @@ class Probe(nnx.Variable):
   """Zeros at unit outputs, whose cotangents are the teaching signals."""
 
 
-_KEPT = dict(zip(base.COLLECTIONS, (Feedback, Port, Noise, Probe), strict=True))
+class Tap(nnx.Variable):
+  """The zeros whose cotangents are errors of units."""
+
+
+_KEPT = dict(zip(
+    base.COLLECTIONS, (Feedback, Port, Noise, Probe, Tap), strict=True))
 
 
 def from_nnx(
@@ -623,11 +628,7 @@ def _params(module):
 
 def _fixed_gain(module, original, args, kwargs):
   """What a norm puts out; its gain stays out of what is sent below."""
-  axes = getattr(module, 'feature_axes', getattr(module, 'axis', -1))
-  if axes not in (-1, (-1,), [-1]):
-    raise ValueError(
-        f"`norm_gain_transport='feedback_diag'` needs features on the last "
-        f'axis, and norm `{module.bpjax_name}` has them on {axes}.')
+  unit_lib.check_features_last(module, module.bpjax_name)
   bias = getattr(module, 'bias', None)
   held = [(v, v.get_value()) for v in (module.scale, bias) if v is not None]
   (_, scale), *shift = held

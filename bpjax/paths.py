@@ -93,6 +93,23 @@ def map_with_name(function, tree, *rest):
       lambda p, *leaves: function(name_of(p), *leaves), tree, *rest)
 
 
+def nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
+  """The nested dict that has these leaves at these paths.
+
+  Example:
+    >>> nest({'a/b': 1, 'c': 2})
+    {'a': {'b': 1}, 'c': 2}
+  """
+  tree = {}
+  for name, leaf in leaves.items():
+    *around, last = name.split('/')
+    inside = tree
+    for part in around:
+      inside = inside.setdefault(part, {})
+    inside[last] = leaf
+  return tree
+
+
 def subtree(tree: Any, name: str) -> Any:
   """The part of a nested dict under `name`, or None where there is none."""
   for part in name.split('/') if name else ():

@@ -11,10 +11,17 @@ from bpjax import paths
 from bpjax import unit as unit_lib
 import jax
 from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core import Var
 from jax.interpreters import partial_eval
 import jax.numpy as jnp
 
 _MARK = 'bpjax:'
+_MARK_INPUT = 'bpjax-input:'
+# Shape, pooling, masks and constant factors, between units.
+_TRANSPARENT = {
+    'reshape', 'squeeze', 'expand_dims', 'transpose', 'broadcast_in_dim', 'copy',
+    'convert_element_type', 'slice', 'pad', 'mul', 'div', 'select_n',
+    'reduce_window_max', 'reduce_window_sum', 'reduce_sum', 'reduce_max'}
 _POSITIONWISE = ('Dense', 'DenseGeneral', 'Linear', 'LinearGeneral')
 _JITS = {'jit', 'pjit'}
 _LOOPS = {'scan', 'while', 'cond'}
@@ -145,6 +152,8 @@ def take(net: Any, variables: Mapping[str, Any], x: Any) -> Survey:
   alive, _ = partial_eval.dce_jaxpr(
       jaxpr.jaxpr, [True] * len(jaxpr.jaxpr.outvars))
   used = {name for name, _ in _marks(alive)}
+  reads = {}
+  _trace_reads(jaxpr.jaxpr, reads)
   detached = 'stop_gradient' in set(_primitives(jaxpr.jaxpr))
 
   order = list(dict.fromkeys(name for name, _ in marks))
@@ -157,7 +166,13 @@ def take(net: Any, variables: Mapping[str, Any], x: Any) -> Survey:
   for name in order:
     calls = sum(n == name for n, _ in marks)
     units[name] = notes[name]['unit']
-    units[name].info = _info(name, notes[name], output, name == last, calls)
+    units[name].info = dataclasses.replace(
+        _info(name, notes[name], output, name == last, calls),
+        owns_activation=units[name].owns_activation,
+        reads=tuple(reads.get((name, i)) for i in range(
+            len(notes[name]['inputs']))),
+        readers=tuple(n for n in order if reads.get((n, 0)) == name),
+        outs={n: notes[n]['out'] for n in order if not is_boundary(n)})
   owned = lambda path: any(
       name == '' or path.startswith(name + '/') for name in units)
   exact = tuple(
@@ -191,7 +206,10 @@ def _check_boundaries(globs, order, boundaries):
 def _note(call, notes):
   """Runs a unit, writes down its shapes and marks it in the jaxpr."""
   unit = call.unit
-  pre, out = unit(call.params, call.inputs)
+  inputs = tuple(
+      checkpoint_name(x, f'{_MARK_INPUT}{i}:{call.name}')
+      for i, x in enumerate(call.inputs))
+  pre, out = unit(call.params, inputs)
   lacks = [c for c in base.COLLECTIONS if not call.can_hold(c)]
   note = notes.setdefault(call.name, {})
   note |= {
@@ -301,6 +319,37 @@ def _marks(jaxpr, around=frozenset()):
       yield name.removeprefix(_MARK), around
     for inner in _inner(eqn):
       yield from _marks(inner, around | {eqn.primitive.name})
+
+
+def _trace_reads(jaxpr, reads, given=()):
+  """Follows units' outputs through operations that a message may pass.
+
+  Notes (unit, input) -> the unit whose output it is. Returns the origin of each
+  of the jaxpr's outputs, for those of its inputs.
+  """
+  origin = dict(zip(jaxpr.invars, given))
+  of = lambda variables: [
+      origin.get(v) if isinstance(v, Var) else None for v in variables]
+  for eqn in jaxpr.eqns:
+    name = str(eqn.params.get('name')) if eqn.primitive.name == 'name' else ''
+    before = of(eqn.invars)
+    after = [None] * len(eqn.outvars)
+    known = [unit for unit in before if unit is not None]
+    if name.startswith(_MARK):
+      after = [name.removeprefix(_MARK)]
+    elif name.startswith(_MARK_INPUT):
+      index, _, unit = name.removeprefix(_MARK_INPUT).partition(':')
+      reads[unit, int(index)] = before[0]
+    elif eqn.primitive.name in _TRANSPARENT and len(known) == 1:
+      after = known * len(after)
+    inner = list(_inner(eqn))
+    if len(inner) == 1 and len(inner[0].invars) == len(before):
+      after = _trace_reads(inner[0], reads, before)
+    else:
+      for part in inner:
+        _trace_reads(part, reads)
+    origin.update(zip(eqn.outvars, after))
+  return of(jaxpr.outvars)
 
 
 def _primitives(jaxpr):

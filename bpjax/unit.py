@@ -156,6 +156,15 @@ def check_gain_transport(value: str) -> None:
         f'{value!r}.')
 
 
+def check_features_last(norm: Any, name: str) -> None:
+  """Raises a ValueError unless a norm has its features on the last axis."""
+  axes = getattr(norm, 'feature_axes', getattr(norm, 'axis', -1))
+  if axes not in (-1, (-1,), [-1]):
+    raise ValueError(
+        f"`norm_gain_transport='feedback_diag'` needs features on the last "
+        f'axis, and norm `{name}` has them on {axes}.')
+
+
 def gain(
     x: base.Array, scale: base.Array, bias: base.Array | None) -> base.Array:
   """A norm's gain and shift, whose message does not carry the gain.

@@ -38,7 +38,7 @@ class BottleneckTest(float64.Float64TestCase):
     self.net, self.variables, self.x = float64.setup(
         zoo.Plain(widths=(6, 5, 9)), self.x)
 
-  @parameterized.parameters(*bpjax.rules.names())
+  @parameterized.parameters(*zoo.BARE)
   def test_only_the_chosen_neurons_learn(self, name):
     rule = bpjax.bottleneck(
         bpjax.rules.get(name)(), {'Dense_1': _LEARNERS, 'Dense_2': 4})

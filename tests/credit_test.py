@@ -13,7 +13,7 @@ import zoo
 LOSS = bpjax.losses.softmax_cross_entropy
 CREDIT = ('backprop', 'feedback_alignment', 'direct_feedback_alignment',
           'kolen_pollack')
-ALL = bpjax.rules.names()
+ALL = zoo.BARE
 
 
 def learned(name, model, x, y, **arguments):

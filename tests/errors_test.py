@@ -42,7 +42,7 @@ def initialise(rule, model, x=None, **kwargs):
 class NetworkErrorsTest(parameterized.TestCase):
 
   @parameterized.product(
-      name=bpjax.rules.names(), activation=('sign', 'step'))
+      name=zoo.BARE, activation=('sign', 'step'))
   def test_zero_derivative(self, name, activation):
     rule = bpjax.rules.get(name)()
     with self.assertRaisesRegex(ValueError, 'unit `Dense_0`.*zero everywhere'):
@@ -77,7 +77,7 @@ class NetworkErrorsTest(parameterized.TestCase):
     self.assertFalse(net.units['Dense_0'].info.taught)
     del variables
 
-  @parameterized.parameters(*bpjax.rules.names())
+  @parameterized.parameters(*zoo.BARE)
   def test_nn_jit(self, name):
     x = jnp.ones((3, 7))
     variables = Jitted().init(jax.random.key(0), x)

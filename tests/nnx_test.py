@@ -226,7 +226,7 @@ class ExactnessTest(float64.Float64TestCase):
 
 class NetworkTest(parameterized.TestCase):
 
-  @parameterized.parameters(*bpjax.rules.names())
+  @parameterized.parameters(*zoo.BARE)
   def test_contract(self, name):
     bpjax.testing.check_rule(
         bpjax.rules.get(name)(),

@@ -1,9 +1,29 @@
 """Small models that the tests share, each with the trait that its name says."""
 
+import functools
+
 import bpjax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+
+# Rules that set targets, which need units with their nonlinearity; all others.
+TARGETS = (
+    'local_representation_alignment',
+    'recursive_local_representation_alignment')
+BARE = tuple(name for name in bpjax.rules.names() if name not in TARGETS)
+
+
+class Layered(nn.Module):
+  """Layers that hold their nonlinearity."""
+  widths: tuple[int, ...] = (6, 5)
+
+  @nn.compact
+  def __call__(self, x):
+    for width in self.widths:
+      x = bpjax.nn.Layer(functools.partial(nn.Dense, width), nn.tanh)(x)
+    return nn.Dense(4)(x)
 
 
 class Plain(nn.Module):
@@ -102,6 +122,7 @@ def inputs(name: str, batch: int = 5):
   label = jnp.arange(batch) % 3
   return {
       'plain': (Plain(), vector, label),
+      'layered': (Layered(), vector, label),
       'conv_batch_norm': (ConvBatchNorm(), image, label),
       'residual': (Residual(), image, label),
       'encoder': (Encoder(), tokens, label),

@@ -1,9 +1,11 @@
 """Multilayer perceptron."""
 
 from collections.abc import Callable, Sequence
+import functools
 
 from bpjax import activations
 from bpjax import blocks
+from bpjax import nn as layers
 import flax.linen as nn
 import jax.numpy as jnp
 
@@ -17,6 +19,7 @@ class MLP(nn.Module):
   batch_norm: bool = False
   dtype: jnp.dtype | None = None
   start: str = 'lecun'
+  units: str = 'affine'
 
   @nn.compact
   def __call__(self, x, train: bool = False):
@@ -24,21 +27,26 @@ class MLP(nn.Module):
 
     def dense(width):
       inits = blocks.initialisers(self.start, x.shape[-1])
-      return nn.Dense(width, dtype=self.dtype, **inits)
+      return functools.partial(nn.Dense, width, dtype=self.dtype, **inits)
 
     for width in self.widths:
-      x = dense(width)(x)
+      if self.units == 'layer':
+        x = layers.Layer(dense(width), self.activation)(x)
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        continue
+      x = dense(width)()(x)
       if self.batch_norm:
         x = nn.BatchNorm(use_running_average=not train, dtype=self.dtype)(x)
       x = self.activation(x)
       x = nn.Dropout(self.dropout, deterministic=not train)(x)
-    return dense(self.num_classes)(x)
+    return dense(self.num_classes)()(x)
 
 
 def mlp(
     num_classes: int, widths: Sequence[int] = (256, 256),
     activation: str = 'relu', dropout: float = 0., batch_norm: bool = False,
-    dtype: str | None = None, init: str = 'lecun') -> MLP:
+    dtype: str | None = None, init: str = 'lecun', units: str = 'affine'
+) -> MLP:
   """A multilayer perceptron on flattened inputs.
 
   784-256-256-10 has 269,322 parameters.
@@ -51,6 +59,8 @@ def mlp(
     batch_norm: BatchNorm before each activation.
     dtype: of the computation, such as 'bfloat16'; default that of the inputs.
     init: how the weights begin, a name that `bpjax.blocks.initialisers` knows.
+    units: 'affine', or 'layer': each hidden layer is a `bpjax.nn.Layer`, which
+      holds its activation, as rules that set targets need; without BatchNorm.
 
   Returns:
     A module from `[batch, ...]` to logits `[batch, num_classes]`; its call
@@ -70,6 +80,11 @@ def mlp(
   if not 0 <= dropout < 1:
     raise ValueError(f'`dropout` must be in [0, 1), got {dropout}.')
   blocks.check_choice('init', init, blocks.INITS)
+  blocks.check_choice('units', units, ('affine', 'layer'))
+  if units == 'layer' and batch_norm:
+    raise ValueError(
+        "`batch_norm` must be False with `units='layer'`, since BatchNorm cannot "
+        'be part of a unit.')
   return MLP(
       num_classes, widths, activations.get(activation), dropout, batch_norm,
-      dtype and jnp.dtype(dtype), init)
+      dtype and jnp.dtype(dtype), init, units)

@@ -1,0 +1,243 @@
+"""Local representation alignment against numpy, and in its limits."""
+
+import functools
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import bpjax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import reference_targets as reference
+
+from tests import float64
+from tests import zoo
+
+_LOSS = bpjax.losses.softmax_cross_entropy
+_RECURSIVE = bpjax.rules.recursive_local_representation_alignment
+_CHAIN = bpjax.rules.local_representation_alignment
+_WIDTHS = (6, 5, 7, 6)
+_PHI = {'tanh': nn.tanh, 'relu': nn.relu, 'elu': nn.elu, 'sign': jnp.sign,
+        'identity': lambda x: x}
+
+
+class Chain(nn.Module):
+  activation: str = 'tanh'
+
+  @nn.compact
+  def __call__(self, x):
+    for i, width in enumerate(_WIDTHS, 1):
+      x = bpjax.nn.Layer(
+          functools.partial(nn.Dense, width), _PHI[self.activation], name=f'unit_{i}')(x)
+    return nn.Dense(4, name='unit_5')(x)
+
+
+def affine(unit):
+  return unit.get('affine', unit)
+
+
+class ReferenceTest(float64.Float64TestCase):
+
+  def setup(self, activation='tanh'):
+    x = jax.random.normal(jax.random.key(0), (6, 5))
+    net, variables, x = float64.setup(Chain(activation), x)
+    params = [
+        jax.tree.map(np.asarray, affine(variables['params'][f'unit_{i}']))
+        for i in range(1, 6)]
+    return net, variables, x, jnp.arange(6) % 4, params
+
+  def wires(self, feedback, wiring):
+    """{i: E of i's wire, [d_i, d_j]}, from where the rule keeps it."""
+    found = {}
+    for i, j in wiring.items():
+      own = feedback.get(f'unit_{i}', {})
+      if 'direct' in own:
+        found[i] = np.asarray(own['direct']).T
+      else:
+        found[i] = np.asarray(affine(feedback[f'unit_{j}'])['kernel'])
+    return found
+
+  def learn(self, rule, net, variables, x, y):
+    feedback = float64.doubles(
+        rule.init(jax.random.key(1), net, variables, x))
+    _, (grads, feedback_grads) = zoo.learn(rule, net, reduction='sum')(
+        variables, feedback, x, y)
+    return feedback, grads, feedback_grads
+
+  def check(self, rule, wiring, activation='tanh', **arguments):
+    net, variables, x, y, params = self.setup(activation)
+    feedback, grads, feedback_grads = self.learn(rule, net, variables, x, y)
+    wires = self.wires(feedback, wiring)
+    expected = reference.recursive_local_representation_alignment(
+        params, wires, wiring, np.asarray(x), np.asarray(y),
+        activation=activation, **arguments)
+    for i, updates in enumerate(expected.updates, 1):
+      self.assert_close(
+          jax.tree.map(np.asarray, affine(grads[f'unit_{i}'])), updates, 1e-12)
+    return expected, self.wires(feedback_grads, wiring)
+
+  @parameterized.product(
+      activation=('tanh', 'relu', 'elu', 'sign'),
+      update=('transpose', 'eq6', 'fixed'), l2_share=(1., .3))
+  def test_chain(self, activation, update, l2_share):
+    rule = _CHAIN(beta=.2, gamma=.7, update=update, l2_share=l2_share)
+    expected, learned = self.check(
+        rule, reference.chain_wiring(5), activation, beta=.2, gamma=.7,
+        mode=update, l2_share=l2_share)
+    for i, wire in learned.items():
+      np.testing.assert_allclose(wire, expected.feedback_updates[i], atol=1e-12)
+
+  @parameterized.product(update=('fixed', 'eq6'), inner=('chain_in_gap', 'meta'),
+                         gap=(2, 3))
+  def test_depth_two(self, update, inner, gap):
+    rule = _RECURSIVE(
+        inner, gap, beta=.2, gamma=.7, update=update, direct_update=update)
+    expected, learned = self.check(
+        rule, reference.gap_wiring(5, gap, inner), beta=.2, gamma=.7,
+        mode=update)
+    for i, wire in learned.items():
+      np.testing.assert_allclose(wire, expected.feedback_updates[i], atol=1e-12)
+
+  def test_depth_one(self):
+    self.check(_RECURSIVE(beta=.2), reference.direct_wiring(5), beta=.2)
+
+  def test_any_graph(self):
+    wiring = {1: 3, 2: 5, 3: 4, 4: 2}
+    named = {f'unit_{i}': f'unit_{j}' for i, j in wiring.items()}
+    expected, learned = self.check(
+        _RECURSIVE(named, beta=.2, gamma=.7, update='eq6', direct_update='eq6'),
+        wiring, beta=.2, gamma=.7, mode='eq6')
+    for i, wire in learned.items():
+      np.testing.assert_allclose(wire, expected.feedback_updates[i], atol=1e-12)
+
+  def test_small_steps_are_backprop_where_the_wires_are_the_weights(self):
+    net, variables, x, y, _ = self.setup()
+    exact = zoo.learn(bpjax.rules.backprop(), net, reduction='sum')(
+        variables, {}, x, y)[1][0]
+    worst = []
+    for beta in (1e-1, 1e-2):
+      rule = _CHAIN(beta=beta)
+      feedback = rule.init(jax.random.key(1), net, variables, x)
+      feedback = bpjax.paths.map_with_name(
+          lambda name, _: bpjax.paths.subtree(variables['params'], name),
+          feedback)
+      grads = zoo.learn(rule, net, reduction='sum')(
+          variables, feedback, x, y)[1][0]
+      errors = []
+      for i in range(1, 6):
+        ours, theirs = (affine(g[f'unit_{i}'])['kernel'] for g in (grads, exact))
+        errors.append(float(
+            jnp.linalg.norm(ours / beta**(5 - i) - theirs)
+            / jnp.linalg.norm(theirs)))
+      worst.append(max(errors))
+    self.assertLess(worst[0], .3)
+    self.assertLess(worst[1], .15 * worst[0])
+
+  def test_direct_wires_are_direct_feedback_in_the_limit(self):
+    net, variables, x, y, _ = self.setup()
+    rule = _RECURSIVE(beta=1e-5)
+    feedback, grads, _ = self.learn(rule, net, variables, x, y)
+    dfa = bpjax.rules.direct_feedback_alignment()
+    matrices = {
+        f'unit_{i + 1}': feedback[f'unit_{i}']['direct'] for i in range(1, 5)}
+    expected = zoo.learn(dfa, net, reduction='sum')(
+        variables, matrices, x, y)[1][0]
+    for i in range(1, 5):
+      np.testing.assert_allclose(
+          affine(grads[f'unit_{i}'])['kernel'] / 1e-5,
+          affine(expected[f'unit_{i}'])['kernel'], atol=1e-4)
+
+  def test_a_step_of_zero_teaches_no_hidden_unit(self):
+    net, variables, x, y, _ = self.setup()
+    _, grads, _ = self.learn(_RECURSIVE('meta', beta=0.), net, variables, x, y)
+    for i in range(1, 5):
+      kernel = affine(grads[f'unit_{i}'])['kernel']
+      self.assertLess(jnp.abs(kernel).max(), 1e-14)  # Rounding of phi(a).
+    self.assertGreater(jnp.abs(grads['unit_5']['kernel']).max(), 0)
+
+  def test_the_norm_of_updates_is_bounded(self):
+    net, variables, x, y, _ = self.setup()
+    rule = _RECURSIVE('chain_in_gap', radius=1e-3)
+    feedback = rule.init(jax.random.key(1), net, variables, x)
+    _, grads = zoo.learn(rule, net)(variables, feedback, x, y)
+    norms = [float(jnp.linalg.norm(g.ravel())) for g in jax.tree.leaves(grads)]
+    self.assertLess(max(norms), 1e-3 * (1 + 1e-9))
+    self.assertGreater(sorted(norms)[-3], .99e-3)
+
+  def test_which_feedback_learns(self):
+    net, variables, x, _, _ = self.setup()
+    rule = _RECURSIVE('chain_in_gap')
+    feedback = rule.init(jax.random.key(1), net, variables, x)
+    self.assertEqual(rule.trainable(feedback), {
+        'unit_2': {'affine': {'kernel': True}, 'direct': False},
+        'unit_4': {'affine': {'kernel': True}, 'direct': False}})
+
+  def test_the_error_is_all_that_a_block_knows_of_those_above(self):
+    # With the output's error as the only loss, linear in the output, the
+    # updates of units 1 and 2 cannot depend on the weights of units 3 to 5.
+    net, variables, x, _, _ = self.setup()
+    error = jax.random.normal(jax.random.key(5), (6, 4), jnp.float64)
+    loss = lambda output, error: jnp.sum(output * error, axis=1)
+    rule = _RECURSIVE('meta', 2, beta=.2)
+    feedback = rule.init(jax.random.key(1), net, variables, x)
+    learn = zoo.learn(rule, net, loss)
+    below = lambda params: {
+        i: learn({'params': params}, feedback, x, error)[1][0][i]
+        for i in ('unit_1', 'unit_2')}
+    changed = {
+        name: jax.tree.map(lambda w: w + 1., unit)
+        if name in ('unit_3', 'unit_4', 'unit_5') else unit
+        for name, unit in variables['params'].items()}
+    self.assert_close(below(variables['params']), below(changed), 0)
+
+
+class RefusedTest(parameterized.TestCase):
+
+  def refuse(self, rule, model, message, x=None):
+    net = bpjax.from_linen(model)
+    x = jnp.ones((2, 5)) if x is None else x
+    variables = net.init(jax.random.key(0), x)
+    with self.assertRaisesRegex(ValueError, message):
+      rule.init(jax.random.key(1), net, variables, x)
+
+  @parameterized.parameters(_CHAIN(), _RECURSIVE())
+  def test_a_hidden_unit_without_its_nonlinearity(self, rule):
+    self.refuse(
+        rule, nn.Sequential([nn.Dense(3), nn.tanh, nn.Dense(3)]),
+        'must hold its nonlinearity')
+
+  @parameterized.parameters('norm', 'residual')
+  def test_a_target_through_what_no_unit_owns(self, kind):
+
+    class Between(nn.Module):
+
+      @nn.compact
+      def __call__(self, x):
+        x = bpjax.nn.Layer(functools.partial(nn.Dense, 5), nn.tanh)(x)
+        x = nn.LayerNorm()(x) if kind == 'norm' else (
+            x + bpjax.nn.Layer(functools.partial(nn.Dense, 5), nn.tanh)(x))
+        return nn.Dense(3)(x)
+
+    self.refuse(_CHAIN(), Between(), 'something that no unit owns')
+
+  @parameterized.parameters(
+      ({'unit_1': 'unit_9'}, 'no unit'),
+      ({'unit_1': 'output'}, 'has none for `unit_2`'),
+      ({'unit_1': 'unit_3', 'unit_2': 'output', 'unit_3': 'unit_1',
+        'unit_4': 'output'}, 'goes round'))
+  def test_wirings(self, wiring, message):
+    self.refuse(_RECURSIVE(wiring), Chain(), message)
+
+  @parameterized.parameters(
+      ({'wiring': 'star'}, '`wiring` must'), ({'gap': 0}, '`gap` must'),
+      ({'beta': -1.}, '`beta` must'), ({'update': 'dy'}, '`update` must'),
+      ({'direct_update': 'transpose'}, 'has no weights'),
+      ({'l2_share': 2.}, '`l2_share` must'), ({'scale': 0.}, '`scale` must'))
+  def test_arguments(self, arguments, message):
+    with self.assertRaisesRegex(ValueError, message):
+      _RECURSIVE(**arguments)
+
+
+if __name__ == '__main__':
+  absltest.main()

@@ -1,6 +1,6 @@
 """Step time and memory of each rule against plain backprop.
 
-  python benchmarks/step_time.py [--workloads=w1,w2] [--output=FILE.json]
+  python benchmarks/step_time.py [--workloads=w1,w2,w3] [--output=FILE.json]
 
 A step is forward, backward and SGD, with donated buffers. `plain` is
 `jax.value_and_grad` of the model and the same optimiser, without this library;
@@ -9,7 +9,15 @@ one process on one core; a ratio is the median over rounds of (time of the rule
 in a round) / (time of `plain` in the same round). Memory is XLA's own analysis
 of the compiled step: what it needs beside its arguments and results.
 
-w1: 784-256x5-10 relu, batch 128. w2: 3072-800x3-10 tanh, batch 128.
+w1: 784-256x5-10 relu, batch 128. w2: 3072-800x3-10 tanh, batch 128. w3:
+ResNet-20, 32x32x3, batch 32.
+
+Where PyTorch and BioTorch (Sanfiz and Akrout, 2021) are installed, their rows
+follow, in the same rounds: `torch` is plain PyTorch, and the ratio of BioTorch's
+rules is to that. PyTorch's CPU build, and then BioTorch alone, since what it
+lists as its needs is more than its layers use:
+
+  pip install torch && pip install --no-deps biotorch
 """
 
 from __future__ import annotations
@@ -24,6 +32,8 @@ os.environ['XLA_FLAGS'] = (
     os.environ.get('XLA_FLAGS', '') + ' --xla_cpu_multi_thread_eigen=false')
 
 # pylint: disable=g-import-not-at-top
+import functools
+import importlib.util
 import json
 import platform
 import statistics
@@ -40,7 +50,8 @@ import optax
 import rich.console
 import rich.table
 
-_WORKLOADS = flags.DEFINE_list('workloads', ['w1', 'w2'], 'Which to run.')
+_WORKLOADS = flags.DEFINE_list(
+    'workloads', ['w1', 'w2', 'w3'], 'Which to run.')
 _ROUNDS = flags.DEFINE_integer('rounds', 60, 'Rounds; the median is taken.')
 _OUTPUT = flags.DEFINE_string('output', None, 'A JSON file for the results.')
 
@@ -48,7 +59,13 @@ _LOSS = bpjax.losses.softmax_cross_entropy
 _MODELS = {
     'w1': ((256,) * 5, 'relu', 784),
     'w2': ((800,) * 3, 'tanh', 3072),
+    'w3': None,  # ResNet-20.
 }
+# Rules that need layers with their nonlinearity, which ResNet-20 has none of.
+_TARGETS = (
+    'local_representation_alignment',
+    'recursive_local_representation_alignment')
+_BIOTORCH = ('fa', 'dfa', 'usf')
 _RULES = {
     'backprop': {},
     'feedback_alignment': {},
@@ -59,13 +76,20 @@ _RULES = {
     'direct_feedback_alignment shared': {'shared': True},
     'forward_gradient gaussian': {},
     'forward_gradient rademacher': {'directions': 'rademacher'},
+    'local_representation_alignment': {},
+    'recursive_local_representation_alignment direct': {},
+    'recursive_local_representation_alignment meta': {'wiring': 'meta'},
 }
 
 
-def workload(name: str):
+def workload(name: str, units: str = 'affine'):
   """The model, an input batch and labels."""
+  if name == 'w3':
+    x = jax.random.normal(jax.random.key(1), (32, 32, 32, 3))
+    return bpjax.models.resnet20(10), x, jnp.arange(32) % 10
   widths, activation, inputs = _MODELS[name]
-  model = bpjax.models.mlp(10, widths=widths, activation=activation)
+  model = bpjax.models.mlp(
+      10, widths=widths, activation=activation, units=units)
   x = jax.random.normal(jax.random.key(1), (128, inputs))
   return model, x, jnp.arange(128) % 10
 
@@ -73,16 +97,22 @@ def workload(name: str):
 def plain_step(model, x, y):
   """(step, first carry) of jax.value_and_grad and SGD."""
   tx = optax.sgd(.01)
-  params = model.init(jax.random.key(0), x)['params']
+  own = dict(model.init(jax.random.key(0), x))
+  params = own.pop('params')
 
   def step(carry):
-    params, state, key = carry
-    loss = lambda p: _LOSS(model.apply({'params': p}, x, train=True), y).mean()
-    value, grads = jax.value_and_grad(loss)(params)
-    updates, state = tx.update(grads, state, params)
-    return (optax.apply_updates(params, updates), state, key), value
+    params, own, state, key = carry
 
-  return step, (params, tx.init(params), jax.random.key(5))
+    def loss(params):
+      output, new = model.apply(
+          {'params': params, **own}, x, train=True, mutable=list(own))
+      return _LOSS(output, y).mean(), new
+
+    (value, own), grads = jax.value_and_grad(loss, has_aux=True)(params)
+    updates, state = tx.update(grads, state, params)
+    return (optax.apply_updates(params, updates), own, state, key), value
+
+  return step, (params, own, tx.init(params), jax.random.key(5))
 
 
 def rule_step(model, x, y, rule):
@@ -93,47 +123,122 @@ def rule_step(model, x, y, rule):
   feedback = rule.init(jax.random.key(2), net, variables, x)
   learn = rule.value_and_grad(net, _LOSS)
   free = all(jax.tree.leaves(rule.trainable(feedback)))
-  learned = (variables['params'], feedback if free else {})
+  own = dict(variables)
+  learned = (own.pop('params'), feedback if free else {})
 
   def step(carry):
-    (params, trained), state, key = carry
+    (params, trained), own, state, key = carry
     now = key
     if rule.name == 'forward_gradient':
       key, now = jax.random.split(key)
-    (value, _), (grads, feedback_grads) = learn(
-        {'params': params}, trained if free else feedback, x, y, key=now)
+    (value, aux), (grads, feedback_grads) = learn(
+        {'params': params, **own}, trained if free else feedback, x, y, key=now)
     grads = (grads, feedback_grads if free else {})
     updates, state = tx.update(grads, state, (params, trained))
     learned = optax.apply_updates((params, trained), updates)
-    return (learned, state, key), value
+    return (learned, dict(aux.model_state), state, key), value
 
-  return step, (learned, tx.init(learned), jax.random.key(5))
+  return step, (learned, own, tx.init(learned), jax.random.key(5))
+
+
+class Compiled:
+  """A step of ours, compiled: takes itself further."""
+
+  def __init__(self, step, carry):
+    # Donated; others start from it, too.
+    self._carry = jax.tree.map(jnp.copy, carry)
+    compiled = jax.jit(step, donate_argnums=0).lower(self._carry).compile()
+    self._run = compiled
+    self.facts = {
+        'temporaries_mib':
+            compiled.memory_analysis().temp_size_in_bytes / 2**20,
+        'gflop': compiled.cost_analysis()['flops'] / 1e9}
+    self.advance(1)
+
+  def advance(self, steps):
+    for _ in range(steps):
+      self._carry, _ = self._run(self._carry)
+    jax.block_until_ready(self._carry)
+
+
+class Torch:
+  """A step of PyTorch: plain, or a rule of BioTorch's."""
+
+  facts = {'temporaries_mib': None, 'gflop': None}
+
+  def __init__(self, name, rule, x, y):
+    import torch  # Only where it is asked for; see `has_biotorch`.
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    images = jnp.moveaxis(x, -1, 1) if x.ndim == 4 else x
+    self._x, self._y = (torch.tensor(a.tolist()) for a in (images, y))
+    self._rule, self._loss = rule, torch.nn.CrossEntropyLoss()
+    self._model = _torch_model(torch, name)
+    if rule:
+      from biotorch.module.biomodule import BioModule
+      self._model = BioModule(
+          self._model, mode=rule, copy_weights=False, output_dim=10)
+    self._model.train()
+    self._optimizer = torch.optim.SGD(
+        [p for p in self._model.parameters() if p.requires_grad], lr=.01)
+    self.advance(1)
+
+  def advance(self, steps):
+    for _ in range(steps):
+      self._optimizer.zero_grad()
+      # BioTorch's direct feedback takes the loss apart in its forward pass.
+      output = (self._model(self._x, self._y, self._loss)
+                if self._rule == 'dfa' else self._model(self._x))
+      self._loss(output, self._y).backward()
+      self._optimizer.step()
+
+
+def _torch_model(torch, name):
+  """The same architecture; ResNet-20 is BioTorch's own."""
+  if name == 'w3':
+    import biotorch
+    # By its path: the package around it asks for torchvision.
+    path = os.path.join(list(biotorch.__path__)[0], 'models', 'small_resnet.py')
+    spec = importlib.util.spec_from_file_location('small_resnet', path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.resnet20()
+  widths, activation, inputs = _MODELS[name]
+  layers = []
+  for width in widths:
+    layers += [torch.nn.Linear(inputs, width), {
+        'relu': torch.nn.ReLU, 'tanh': torch.nn.Tanh}[activation]()]
+    inputs = width
+  return torch.nn.Sequential(*layers, torch.nn.Linear(inputs, 10))
+
+
+def has_biotorch() -> bool:
+  """Whether PyTorch and BioTorch are installed."""
+  return all(map(importlib.util.find_spec, ('torch', 'biotorch')))
 
 
 def measure(steps: dict, rounds: int) -> list[dict]:
-  """Compiles each step, runs them in turns, and sums up."""
-  running = {}
-  for name, (step, carry) in steps.items():
-    carry = jax.tree.map(jnp.copy, carry)  # Donated; others start from it, too.
-    compiled = jax.jit(step, donate_argnums=0).lower(carry).compile()
-    carry, _ = jax.block_until_ready(compiled(carry))
-    running[name] = [compiled, carry, []]
+  """Makes each step, runs them in turns, and sums up."""
+  running = {name: (make(), []) for name, make in steps.items()}
   for _ in range(rounds):
-    for entry in running.values():
+    for step, times in running.values():
       begin = time.perf_counter()
-      for _ in range(3):
-        entry[1], _ = entry[0](entry[1])
-      jax.block_until_ready(entry[1])
-      entry[2].append((time.perf_counter() - begin) / 3)
-  plain = running['plain'][2]
-  return [{
-      'rule': name,
-      'milliseconds': 1e3 * statistics.median(times),
-      'ratio': statistics.median(a / b for a, b in zip(times, plain)),
-      'temporaries_mib':
-          compiled.memory_analysis().temp_size_in_bytes / 2**20,
-      'gflop': compiled.cost_analysis()['flops'] / 1e9,
-  } for name, (compiled, _, times) in running.items()]
+      step.advance(3)
+      times.append((time.perf_counter() - begin) / 3)
+
+  def row(name, step, times):
+    reference = 'torch' if isinstance(step, Torch) else 'plain'
+    return {
+        'rule': name, 'milliseconds': 1e3 * statistics.median(times),
+        'ratio': statistics.median(
+            a / b for a, b in zip(times, running[reference][1])),
+        **step.facts}
+
+  return [row(name, *entry) for name, entry in running.items()]
+
+
+def _ours(model, x, y, rule):
+  return Compiled(*rule_step(model, x, y, rule))
 
 
 def machine() -> str:
@@ -157,20 +262,31 @@ def main(argv: list[str]) -> None:
     sys.exit(2)
   console = rich.console.Console(width=100)
   results = {}
+  if not has_biotorch():
+    print('without BioTorch, which is not installed; see --help')
   for name in _WORKLOADS.value:
     model, x, y = workload(name)
-    steps = {'plain': plain_step(model, x, y)}
+    steps = {'plain': lambda: Compiled(*plain_step(model, x, y))}  # pylint: disable=cell-var-from-loop
     for label, arguments in _RULES.items():
-      rule = bpjax.rules.get(label.split()[0])(**arguments)
-      steps[label] = rule_step(model, x, y, rule)
+      kind = label.split()[0]
+      if kind in _TARGETS and name == 'w3':
+        continue
+      chosen = workload(name, 'layer')[0] if kind in _TARGETS else model
+      rule = bpjax.rules.get(kind)(**arguments)
+      steps[label] = functools.partial(_ours, chosen, x, y, rule)
+    if has_biotorch():
+      steps['torch'] = functools.partial(Torch, name, '', x, y)
+      for kind in _BIOTORCH:
+        steps[f'biotorch {kind}'] = functools.partial(Torch, name, kind, x, y)
     results[name] = measure(steps, _ROUNDS.value)
     table = rich.table.Table(
-        'step', 'ms', 'ratio to plain', 'temporaries, MiB', 'GFLOP',
+        'step', 'ms', 'ratio', 'temporaries, MiB', 'GFLOP',
         title=f'{name} on {machine()}, jax {jax.__version__}')
     for row in results[name]:
       table.add_row(
           row['rule'], f'{row["milliseconds"]:.2f}', f'{row["ratio"]:.3f}',
-          f'{row["temporaries_mib"]:.2f}', f'{row["gflop"]:.3f}')
+          *('-' if row[fact] is None else f'{row[fact]:.3f}'
+            for fact in ('temporaries_mib', 'gflop')))
     console.print(table)
   if _OUTPUT.value:
     with open(_OUTPUT.value, 'w', encoding='utf-8') as file:

@@ -294,7 +294,8 @@ def main(argv: list[str]) -> None:
   if _OUTPUT.value:
     with open(_OUTPUT.value, 'w', encoding='utf-8') as file:
       json.dump({
-          'command': ' '.join(['python benchmarks/step_time.py', *argv[1:]]),
+          'command': ' '.join(
+              ['python benchmarks/step_time.py', *sys.argv[1:]]),
           'machine': machine(), 'jax': jax.__version__,
           'rounds': _ROUNDS.value, 'workloads': results}, file, indent=1)
 

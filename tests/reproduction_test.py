@@ -178,7 +178,7 @@ class TrainingTest(parameterized.TestCase):
         '`epochs` is 1 there and 2 here', self.capsys.readouterr().err)
 
   @parameterized.parameters(
-      (130, 130, 1), (2, 2, 1), (3, 1, 4), (0, 1, 1))
+      (130, 130, 1), (2, 2, 1), (3, 1, 5), (0, 1, 1))
   def test_what_a_run_that_does_not_finish_leads_to(self, code, expected, runs):
     folders = []
     self.patch.setattr(

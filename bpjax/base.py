@@ -15,7 +15,7 @@ Loss = Callable[[Any, Any], Array]
 
 # What the engines keep in Flax collections beside the model's own.
 BOUNDARY = 'Boundary'  # The kind, and in lower case the name, of a boundary.
-COLLECTIONS = ('feedback', 'ports', 'noise', 'probes', 'taps')
+COLLECTIONS = ('feedback', 'ports', 'noise', 'probes', 'taps', 'particles')
 
 
 class Activations(NamedTuple):

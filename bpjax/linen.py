@@ -136,6 +136,7 @@ class Network(survey_lib.Network):
       mutable: Sequence[str],
       owners: bool = False,
       watch: Callable[[str], None] | None = None,
+      train: bool = True,
   ) -> tuple[Any, dict[str, Any]]:
     """Runs the model in training mode; `visit` answers for every unit's call.
 
@@ -148,6 +149,7 @@ class Network(survey_lib.Network):
       owners: visit every leaf module that owns parameters, norms included,
         instead of the units.
       watch: is told the name of every module that normalises over the batch.
+      train: False for evaluation mode.
 
     Returns:
       The model's output, and the mutable collections.
@@ -162,10 +164,11 @@ class Network(survey_lib.Network):
     interceptor = _Interceptor(
         self._is_unit, self.boundaries, visit, owners, watch,
         self._transports_gain)
+    arguments = self._train_args if train else self._eval_args
     try:
       with nn.intercept_methods(interceptor):
         output, collections = self.model.apply(
-            variables, *unit_lib.as_inputs(x), **self._train_args, rngs=rngs,
+            variables, *unit_lib.as_inputs(x), **arguments, rngs=rngs,
             mutable=[*mutable, fresh])
     except flax.errors.InvalidRngError as error:
       raise ValueError(

@@ -51,8 +51,13 @@ class Tap(nnx.Variable):
   """The zeros whose cotangents are errors of units."""
 
 
+class Particle(nnx.Variable):
+  """The state of a unit that settles."""
+
+
 _KEPT = dict(zip(
-    base.COLLECTIONS, (Feedback, Port, Noise, Probe, Tap), strict=True))
+    base.COLLECTIONS, (Feedback, Port, Noise, Probe, Tap, Particle),
+    strict=True))
 
 
 def from_nnx(
@@ -256,6 +261,7 @@ class Network(survey_lib.Network):
       mutable: Sequence[str],
       owners: bool = False,
       watch: Callable[[str], None] | None = None,
+      train: bool = True,
   ) -> tuple[Any, dict[str, Any]]:
     """Runs the module in training mode; `visit` answers for every unit's call.
 
@@ -268,6 +274,7 @@ class Network(survey_lib.Network):
       owners: visit every leaf module that owns parameters, norms included,
         instead of the units.
       watch: is told the name of every module that normalises over the batch.
+      train: False for evaluation mode.
 
     Returns:
       The module's output, and the mutable collections.
@@ -275,7 +282,7 @@ class Network(survey_lib.Network):
     rule_key, model_key = (
         (None, None) if key is None else jax.random.split(key))
     module = self._bind(variables, model_key)
-    module.train()
+    _ = module.train() if train else module.eval()
     modules = {n: part.node for n, part in _modules(module).items()}
     own = set(modules)
     modules |= {unit_lib.boundary_name(n): modules[n] for n in self._bounded}

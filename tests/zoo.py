@@ -8,11 +8,14 @@ import jax
 import jax.numpy as jnp
 
 
-# Rules that set targets, which need units with their nonlinearity; all others.
+# Rules that set targets, which need units with their nonlinearity; the one that
+# settles, which takes no BatchNorm; all others.
 TARGETS = (
-    'local_representation_alignment',
-    'recursive_local_representation_alignment')
-BARE = tuple(name for name in bpjax.rules.names() if name not in TARGETS)
+    'difference_target_propagation', 'local_representation_alignment',
+    'recursive_local_representation_alignment', 'target_propagation')
+SETTLING = ('equilibrium_propagation',)
+BARE = tuple(
+    name for name in bpjax.rules.names() if name not in (*TARGETS, *SETTLING))
 
 
 class Layered(nn.Module):

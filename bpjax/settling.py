@@ -1,0 +1,264 @@
+"""The settling engine: a network that relaxes to a minimum of an energy.
+
+Each unit has a state in place of its output, and the energy is written by the
+model itself: it is run once with the states for its units' outputs, and each
+unit adds the agreement of its state with what its affine operation makes of the
+states below. Autodiff gives the forces on states and on parameters alike, so
+that whatever lies between units (a reshape, pooling, a norm over features) is
+part of the energy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+import dataclasses
+from typing import Any
+
+from bpjax import base
+from bpjax import checks
+from bpjax import credit
+from bpjax import linen
+from bpjax import reduction as reduction_lib
+import jax
+import jax.numpy as jnp
+
+PARTICLES = 'particles'  # The collection of the states.
+_STATE, _ENERGY = 'call', 'energy'
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+  """A learning rule of the settling engine.
+
+  Attributes:
+    name: the rule's name.
+    free_steps: steps of the free phase.
+    nudged_steps: steps of a nudged phase.
+    step_size: of the dynamics.
+    beta: strength of the nudge.
+    nudge: 'random' (a sign for every batch), 'positive' or 'symmetric'.
+    readout: what the output unit's state is kept in, 'linear' or 'clip'.
+  """
+  name: str
+  free_steps: int
+  nudged_steps: int
+  step_size: float
+  beta: float
+  nudge: str
+  readout: str
+
+  def init(self, key, net, variables, x) -> dict[str, Any]:
+    """The rule's feedback: none, {}. Checks that it can train the network."""
+    del key
+    self.check(net.survey(variables, x))
+    return {}
+
+  def check(self, survey: Any) -> None:
+    """Raises a ValueError for a network that the rule cannot train."""
+    checks.check_visible(survey)
+    for module in survey.batch_coupled:
+      raise ValueError(
+          f'`{module}` normalises over the batch, which would couple the states '
+          f'of its examples under rule `{self.name}`; use LayerNorm or '
+          'GroupNorm.')
+    checks.check_lists(survey, PARTICLES, f'rule `{self.name}`')
+    for unit in survey.blocked:
+      raise ValueError(
+          f'no force can reach unit `{unit}` under `{self.name}`: an activation '
+          'between it and the output has a derivative that is zero everywhere '
+          '(sign, round, a comparison); leave it out, since states are kept in '
+          '[0, 1] already.')
+
+  def trainable(self, feedback: base.Tree) -> base.Tree:
+    """A tree of bools for the feedback: empty, as the feedback is."""
+    return jax.tree.map(lambda _: False, feedback)
+
+  def mirrored(self, feedback: base.Tree) -> base.Tree:
+    """A tree of bools for the feedback: empty, as the feedback is."""
+    return jax.tree.map(lambda _: False, feedback)
+
+  def units(self, net, variables, x) -> dict[str, str]:
+    """Unit -> the rule that trains it; also the parameters without a unit."""
+    units = net.survey(variables, x).units
+    trained = {
+        name: self.name for name, info in units.infos.items()
+        if info.kind != base.BOUNDARY}
+    return trained | {p: self.name for p in units.exact}
+
+  def bind(self, net: linen.Network) -> Callable[..., Any]:
+    """Raises: no function's reverse derivative is this rule."""
+    raise ValueError(
+        f'`bind` needs a rule that is linear in the error, and `{self.name}` '
+        'lets the network settle; use `rule.value_and_grad(net, loss)`.')
+
+  def weight_targets(self, units, params, feedback):
+    """None: there is no feedback to align with."""
+    del units, params, feedback
+    return {}
+
+  def particles(
+      self, net: linen.Network, variables: Mapping[str, Any], x: Any
+  ) -> base.Tree:
+    """States to begin with, all 0: nested as `params` is, then by call.
+
+    Args:
+      net: the network.
+      variables: its variables.
+      x: an input (only its shape matters).
+
+    Returns:
+      `{unit: {'call_0': [batch, ...]}}`, the collection `variables['particles']`
+      of a rule that goes on from where the last free phase ended.
+    """
+    self.check(net.survey(variables, x))
+    return _System(self, net, variables, x, None).zeros()
+
+  def predict(self, net: linen.Network) -> Callable[..., Any]:
+    """`(variables, x) -> output` at the end of a free phase from 0."""
+
+    def predict(variables, x):
+      self.check(net.survey(variables, x))
+      system = _System(self, net, variables, x, None, train=False)
+      states = system.settle(variables['params'], system.zeros(),
+                             self.free_steps)
+      return system.energy(variables['params'], states)[1][0]
+
+    return predict
+
+  def value_and_grad(
+      self, net: linen.Network, loss: base.Loss, *,
+      reduction: str | Mapping[str, str] = 'mean') -> Callable[..., Any]:
+    """As `bpjax.credit.Rule.value_and_grad`.
+
+    `variables` may hold 'particles', from which the free phase goes on, and
+    `aux.model_state` holds those at its end, one row an example.
+    """
+    reduction_lib.check(reduction)
+
+    def learn(variables, feedback, x, y, key=None):
+      value, aux, grads, count, _ = self.differentiate(
+          net, loss, variables, x, y, key)
+      grads, = reduction_lib.apply(reduction, (grads,), count)
+      return (value, aux), (grads, jax.tree.map(jnp.zeros_like, feedback))
+
+    return learn
+
+  def signals(self, net, loss, variables, feedback, x, y, key):
+    """As `bpjax.credit.Rule.signals`: how far the nudge moved each state."""
+    del feedback
+    _, _, grads, count, signals = self.differentiate(
+        net, loss, variables, x, y, key)
+    return jax.tree.map(lambda g: g / count, grads), signals
+
+  def differentiate(self, net, loss, variables, x, y, key):
+    """The engine: a free phase, one or two nudged ones, and their contrast.
+
+    Returns:
+      value, aux, the summed updates, the number of losses, and the change of
+      the states by the nudge (a collection), in place of teaching signals.
+    """
+    self.check(net.survey(variables, x))
+    key, own_key = credit.split(key)
+    if self.nudge == 'random' and own_key is None:
+      raise ValueError(
+          f'`key` is needed: rule `{self.name}` draws the sign of its nudge; '
+          "pass `key=jax.random.key(...)`, or choose another `nudge`.")
+    system = _System(self, net, variables, x, key)
+    params = variables['params']
+    begin = variables.get(PARTICLES)
+    free = system.settle(
+        params, system.zeros() if begin is None else begin, self.free_steps)
+    _, (output, state) = system.energy(params, free)
+    losses = loss(output, y)
+    reduction_lib.check_losses(losses, output)
+    beta = self.beta
+    if self.nudge == 'random':
+      beta = beta * jax.random.rademacher(own_key, (), output.dtype)
+
+    def nudged(beta):
+      cost = lambda output: beta * jnp.sum(loss(output, y))
+      return system.settle(params, free, self.nudged_steps, cost)
+
+    after, before, span = nudged(beta), free, beta
+    if self.nudge == 'symmetric':
+      before, span = nudged(-beta), 2 * beta
+    force = jax.grad(lambda p, s: system.energy(p, s)[0])
+    grads = jax.tree.map(
+        lambda a, b: (a - b) / span, force(params, after), force(params, before))
+    moved = jax.tree.map(lambda a, b: (b - a) / span, after, before)
+    aux = base.Aux(output, {**state, PARTICLES: free})
+    return jnp.mean(losses), aux, grads, losses.size, moved
+
+
+class _System:
+  """The energy of a network with given inputs, and its dynamics."""
+
+  def __init__(self, rule, net, variables, x, key, train=True):
+    self._rule, self._net, self._x, self._key = rule, net, x, key
+    self._train = train
+    self._params = variables['params']
+    self._infos = net.survey(variables, x).units.infos
+    self._state = {
+        c: v for c, v in variables.items() if c not in ('params', PARTICLES)}
+
+  def zeros(self):
+    """States of 0, in the structure that the model's own scans need."""
+
+    def visit(call):
+      if self._infos[call.name].kind == base.BOUNDARY:
+        return call.original()
+      pre, out = call.unit(call.params, call.inputs)
+      call.write(PARTICLES, jnp.zeros_like(pre), _STATE)
+      return out
+
+    shapes = jax.eval_shape(
+        lambda p: self._run(p, {}, visit)[1][PARTICLES], self._params)
+    return jax.tree.map(credit.zeros_like_output, shapes)
+
+  def energy(self, params, states):
+    """The energy of all examples together; and the output and the state."""
+
+    def visit(call):
+      info = self._infos[call.name]
+      if info.kind == base.BOUNDARY:
+        return call.original()
+      s = call.read(PARTICLES, _STATE)
+      out = s  # A state that is kept within [0, 1] is its own rate.
+      if info.owns_activation:
+        out = call.unit.activation(call.params, s, call.inputs)
+      drive = call.unit.affine(call.params, call.inputs)
+      call.write(PARTICLES, jnp.sum(.5 * s**2) - jnp.sum(drive * out), _ENERGY)
+      return out
+
+    output, collections = self._run(params, states, visit)
+    terms = collections.pop(PARTICLES)
+    named = jax.tree_util.tree_leaves_with_path(terms)
+    total = sum(
+        jnp.sum(term) for path, term in named
+        if str(path[-1].key).startswith(_ENERGY))
+    return total, (output, {c: collections[c] for c in self._state})
+
+  def settle(self, params, states, steps, cost=None):
+    """`steps` steps down the energy, and the cost of the output if any."""
+
+    def total(states):
+      energy, (output, _) = self.energy(params, states)
+      return energy if cost is None else energy + cost(output)
+
+    def step(states, _):
+      force = jax.grad(total)(states)
+      return jax.tree_util.tree_map_with_path(self._move, states, force), None
+
+    return jax.lax.scan(step, states, length=steps)[0]
+
+  def _move(self, path, state, force):
+    state = state - self._rule.step_size * force
+    info = self._infos['/'.join(str(k.key) for k in path[:-1])]
+    bounded = not info.owns_activation and (
+        not info.is_output or self._rule.readout == 'clip')
+    return jnp.clip(state, 0, 1) if bounded else state
+
+  def _run(self, params, states, visit):
+    return self._net.run(
+        {'params': params, PARTICLES: states, **self._state}, self._x, visit,
+        self._key, [*self._state, PARTICLES], train=self._train)

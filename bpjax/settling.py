@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 PARTICLES = 'particles'  # The collection of the states.
-_STATE, _ENERGY = 'call', 'energy'
+_STATE, _ENERGY, _DRIVE = 'call', 'energy', 'drive'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,7 +226,9 @@ class _System:
       out = s  # A state that is kept within [0, 1] is its own rate.
       if info.owns_activation:
         out = call.unit.activation(call.params, s, call.inputs)
-      drive = call.unit.affine(call.params, call.inputs)
+      drive = call.read(PARTICLES, _DRIVE)
+      if drive is None:
+        drive = call.unit.affine(call.params, call.inputs)
       call.write(PARTICLES, jnp.sum(.5 * s**2) - jnp.sum(drive * out), _ENERGY)
       return out
 
@@ -241,8 +243,10 @@ class _System:
   def settle(self, params, states, steps, cost=None):
     """`steps` steps down the energy, and the cost of the output if any."""
 
+    drives = self._drives(params, states)
+
     def total(states):
-      energy, (output, _) = self.energy(params, states)
+      energy, (output, _) = self.energy(params, _merged(states, drives))
       return energy if cost is None else energy + cost(output)
 
     def step(states, _):
@@ -250,6 +254,21 @@ class _System:
       return jax.tree_util.tree_map_with_path(self._move, states, force), None
 
     return jax.lax.scan(step, states, length=steps)[0]
+
+  def _drives(self, params, states):
+    """What the units that read the data alone make of it: it never changes."""
+
+    def visit(call):
+      info = self._infos[call.name]
+      if info.kind == base.BOUNDARY:
+        return call.original()
+      if not info.sends:
+        drive = call.unit.affine(call.params, call.inputs)
+        call.write(PARTICLES, drive, _DRIVE)
+      return jnp.zeros(info.out.shape, info.out.dtype)
+
+    kept = self._run(params, states, visit)[1][PARTICLES]
+    return _only(kept, _DRIVE)
 
   def _move(self, path, state, force):
     state = state - self._rule.step_size * force
@@ -262,3 +281,24 @@ class _System:
     return self._net.run(
         {'params': params, PARTICLES: states, **self._state}, self._x, visit,
         self._key, [*self._state, PARTICLES], train=self._train)
+
+
+def _only(tree, kind):
+  """The entries of a collection whose names begin with `kind`."""
+  kept = {}
+  for name, value in tree.items():
+    if isinstance(value, Mapping):
+      value = _only(value, kind)
+      if value:
+        kept[name] = value
+    elif name.startswith(kind):
+      kept[name] = value
+  return kept
+
+
+def _merged(a, b):
+  """Two collections in one."""
+  both = dict(a)
+  for name, value in b.items():
+    both[name] = _merged(a[name], value) if isinstance(value, Mapping) else value
+  return both

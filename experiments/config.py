@@ -31,6 +31,7 @@ _CHOICES = {
     'reduction': ('mean', 'sum'),
     'optimizer': OPTIMIZERS,
     'feedback_optimizer': ('', *OPTIMIZERS),
+    'feedback_schedule': ('together', 'epochs'),
     'schedule': SCHEDULES,
     'alignment_split': ('train', 'validation', 'test'),
 }
@@ -97,6 +98,13 @@ def default() -> ml_collections.ConfigDict:
   # `mirror_first` steps of its own before the first one.
   config.mirror_every = 1
   config.mirror_first = 0
+  # When feedback that is trained learns: 'together' with the parameters, at every
+  # step; 'epochs': in the first, third, ... epoch it alone, in the second,
+  # fourth, ... the parameters alone (target propagation's own schedule).
+  config.feedback_schedule = 'together'
+  # Equilibrium propagation: each training example's free phase goes on from where
+  # its last one ended. Takes memory for the states of all examples.
+  config.particles = False
   config.seed = 0  # Of everything random: initialisation, order, noise.
 
   # What is recorded. Steps, except for keep_checkpoints.
@@ -140,6 +148,10 @@ def check(config: ml_collections.ConfigDict) -> None:
     raise ValueError(
         f'`warmup_epochs` must be less than the {config.epochs} epochs, got '
         f'{config.warmup_epochs}.')
+  if config.feedback_schedule == 'epochs' and config.epochs % 2:
+    raise ValueError(
+        "`epochs` must be even with `feedback_schedule='epochs'`, half of them "
+        f'for the feedback, got {config.epochs}.')
   if config.seed >= 2**31:
     raise ValueError(f'`seed` must be less than 2**31, got {config.seed}.')
   if config.feedback_learning_rate and not config.feedback_optimizer:

@@ -31,9 +31,16 @@ def build(
   """
   tx = _optimizer(
       config.optimizer, config.learning_rate, config, steps_per_epoch)
-  if config.feedback_optimizer:
+  if config.feedback_optimizer or config.feedback_schedule == 'epochs':
     rate = config.feedback_learning_rate or config.learning_rate
-    other = _optimizer(config.feedback_optimizer, rate, config, steps_per_epoch)
+    other = _optimizer(
+        config.feedback_optimizer or config.optimizer, rate, config,
+        steps_per_epoch)
+    if config.feedback_schedule == 'epochs':
+      # Neither the moments nor the schedule of the one that waits goes on.
+      feedbacks_turn = lambda step: step // steps_per_epoch % 2 == 0
+      other = optax.conditionally_mask(other, feedbacks_turn)
+      tx = optax.conditionally_mask(tx, lambda step: ~feedbacks_turn(step))
     tx = optax.multi_transform(
         {'params': tx, 'feedback': other}, _label_collections)
   if config.clip_norm:
@@ -102,8 +109,9 @@ def _optimizer(name, learning_rate, config, steps_per_epoch):
 
 
 def _schedule(config, peak, steps_per_epoch):
+  turns = 2 if config.feedback_schedule == 'epochs' else 1
   warmup = round(config.warmup_epochs * steps_per_epoch)
-  rest = config.epochs * steps_per_epoch - warmup
+  rest = config.epochs * steps_per_epoch // turns - warmup
   after = {
       'constant': lambda: optax.constant_schedule(peak),
       'cosine': lambda: optax.cosine_decay_schedule(peak, rest),

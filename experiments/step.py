@@ -49,6 +49,8 @@ class TrainState(NamedTuple):
     opt_state: the optimiser's state.
     model_state: the model's other collections, such as `batch_stats`.
     window: training results since the last line of the metrics.
+    particles: states of a rule that settles, one row a training example; {} for
+      a run that does not keep them.
   """
   step: jax.Array
   params: Any
@@ -56,6 +58,7 @@ class TrainState(NamedTuple):
   opt_state: Any
   model_state: Any
   window: Window
+  particles: Any
 
 
 def empty_window() -> Window:
@@ -80,6 +83,7 @@ class Learner:
     mesh: the devices; a batch is split over its axis `data`.
     mirror_every: feedback that learns from noise does so at every n-th step.
     mirror_first: steps of it alone before the first one.
+    examples: number of training examples whose particles are kept; 0: of none.
   """
   net: Any
   rule: Any
@@ -93,6 +97,7 @@ class Learner:
   mesh: jax.sharding.Mesh
   mirror_every: int = 1
   mirror_first: int = 0
+  examples: int = 0
 
   def init(self) -> TrainState:
     """The state before the first step."""
@@ -107,7 +112,8 @@ class Learner:
         'feedback': optimizer.trained(self.rule.trainable(feedback), feedback)}
     state = TrainState(
         jnp.int32(0), params, feedback, self.tx.init(learned), model_state,
-        jax.tree.map(jnp.asarray, empty_window()))
+        jax.tree.map(jnp.asarray, empty_window()),
+        self._particles(variables, x))
     mirrors = any(jax.tree.leaves(self.rule.mirrored(feedback)))
     if not mirrors and (self.mirror_every, self.mirror_first) != (1, 0):
       raise ValueError(
@@ -117,6 +123,18 @@ class Learner:
       state = jax.lax.fori_loop(
           0, self.mirror_first, lambda i, s: self._mirror(s, i), state)
     return state
+
+  def _particles(self, variables, x):
+    """States of 0 for every training example, where they are kept."""
+    if not self.examples:
+      return {}
+    if not hasattr(self.rule, 'particles'):
+      raise ValueError(
+          f'`particles` needs a rule that settles, and {self.rule.name!r} does '
+          'not; leave it False.')
+    return jax.tree.map(
+        lambda s: jnp.zeros((self.examples, *s.shape[1:]), s.dtype),
+        self.rule.particles(self.net, variables, x))
 
   def _mirror(self, state: TrainState, i: jax.Array) -> TrainState:
     """One step of the mirrored feedback alone: no data, no other update."""
@@ -173,16 +191,26 @@ class Learner:
     return jax.lax.fori_loop(0, count, body, (state, losses))
 
   def step(
-      self, state: TrainState, images: jax.Array, labels: jax.Array
-  ) -> tuple[TrainState, jax.Array]:
-    """One step on one batch; returns the new state and the mean loss, []."""
+      self, state: TrainState, images: jax.Array, labels: jax.Array,
+      index: jax.Array | None = None) -> tuple[TrainState, jax.Array]:
+    """One step on one batch; returns the new state and the mean loss, [].
+
+    `index` `[batch]` says which training examples these are.
+    """
     learn = self.rule.value_and_grad(
         self.net, self.loss, reduction=self.reduction)
     _, _, key, _ = self._keys()
+    variables = {'params': state.params, **state.model_state}
+    particles = state.particles
+    if self.examples:
+      variables['particles'] = jax.tree.map(lambda s: s[index], particles)
     (loss, aux), (grads, feedback_grads) = learn(
-        {'params': state.params, **state.model_state}, state.feedback,
-        self._normalise(images), labels,
+        variables, state.feedback, self._normalise(images), labels,
         key=jax.random.fold_in(key, state.step))
+    if self.examples:
+      particles = jax.tree.map(
+          lambda all, new: all.at[index].set(new), particles,
+          aux.model_state['particles'])
     trainable = self.rule.trainable(state.feedback)
     pick = functools.partial(optimizer.trained, trainable)
     learned = {'params': state.params, 'feedback': pick(state.feedback)}
@@ -199,7 +227,8 @@ class Learner:
         trainable, learned['feedback'], state.feedback))
     state = TrainState(
         state.step + 1, learned['params'], feedback, opt_state,
-        {**state.model_state, **aux.model_state}, window)
+        {c: aux.model_state.get(c, v) for c, v in state.model_state.items()},
+        window, particles)
     return state, loss
 
   def _mirrored_now(self, state, feedback):
@@ -238,9 +267,9 @@ class Learner:
 
   def _batch(self, data, i):
     if 'order' not in data:
-      return data['image'][i], data['label'][i]
+      return data['image'][i], data['label'][i], None
     index = self._split(data['order'][i])
-    return data['image'][index], data['label'][index]
+    return data['image'][index], data['label'][index], index
 
   def _normalise(self, images):
     return self._split(data_lib.normalise(images, self.mean, self.std))

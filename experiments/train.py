@@ -111,7 +111,8 @@ def setup(
       mean=_pixels(config, 'pixel_mean', dataset.mean),
       std=_pixels(config, 'pixel_std', dataset.std), seed=config.seed,
       mesh=mesh,
-      mirror_every=config.mirror_every, mirror_first=config.mirror_first)
+      mirror_every=config.mirror_every, mirror_first=config.mirror_first,
+      examples=_particles(config, dataset))
   like = _placed(jax.eval_shape(learner.init), learner, config)
   most, programs = _compile(config, learner, feed, like)
   return Run(
@@ -210,6 +211,17 @@ def _pixels(config, field, measured):
         f'`{field}` must hold one number, or one for each of the '
         f'{len(measured)} channels, got {config[field]!r}.')
   return np.broadcast_to(given, measured.shape)
+
+
+def _particles(config, dataset):
+  """The number of training examples whose states are kept."""
+  if not config.particles:
+    return 0
+  if isinstance(dataset.train, data_lib.Stream):
+    raise ValueError(
+        f'`particles` keeps a state for each example, and {config.dataset!r} is '
+        'streamed in an order of its own; leave it False.')
+  return feed_lib.length(dataset.train)
 
 
 def _alignment_batch(config, dataset, feed, mesh):

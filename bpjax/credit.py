@@ -102,12 +102,31 @@ class Rule:
           'zero everywhere (sign, round, a comparison); use a smooth '
           'activation or a straight-through one, '
           '`x + jax.lax.stop_gradient(jnp.sign(x) - x)`.')
-    for rule, units in self._members(survey.units.infos).values():
+    infos = self.infos(survey.units.infos)
+    for rule, units in self._members(infos).values():
       rule.check_units(units)
-    for name, info in survey.units.infos.items():
+    for name, info in infos.items():
       label, rule = self.rule_for(name)
       checks.check_unit(name, info, label, rule, survey)
     self._sources(survey)
+
+  def infos(
+      self, units: Mapping[str, base.UnitInfo]) -> Mapping[str, base.UnitInfo]:
+    """What each unit's rule is told of it.
+
+    Where several rules share a network, `outs` holds the units of the same rule
+    alone, boundaries included, and the last one.
+    """
+    labels = {name: self.rule_for(name)[0] for name in units}
+    if len(set(labels.values())) < 2:
+      return units
+    outs = {label: {
+        name: info.out for name, info in units.items()
+        if labels[name] == label or info.is_output}
+            for label in labels.values()}
+    return {
+        name: dataclasses.replace(info, outs=outs[labels[name]])
+        for name, info in units.items()}
 
   def init(
       self, key: base.Key, net: linen.Network, variables: Mapping[str, Any],
@@ -129,9 +148,10 @@ class Rule:
     """
     survey = net.survey(variables, x)
     self.check(survey)
+    infos = self.infos(survey.units.infos)
 
     def visit(call):
-      info = survey.units[call.name].info
+      info = infos[call.name]
       _, rule = self.rule_for(call.name)
       if _passes_on(info, rule):
         return call.original()
@@ -145,7 +165,7 @@ class Rule:
       key, shared_key = jax.random.split(key)
       _, collections = net.run(variables, x, visit, key, ['feedback', *state])
       feedback = unit_lib.unpack(collections.get('feedback', {}))
-      shared = self._init_shared(shared_key, survey.units.infos)
+      shared = self._init_shared(shared_key, infos)
       return {**feedback, SHARED: shared} if shared else feedback
 
     state = [c for c in variables if c not in _OWN]
@@ -155,7 +175,7 @@ class Rule:
     """Unit -> the unit whose error its port reads; and how deep they hang."""
     ports = {
         name: self.rule_for(name)[1].port(info)
-        for name, info in survey.units.infos.items()}
+        for name, info in self.infos(survey.units.infos).items()}
     sources = {n: p for n, p in ports.items() if p not in (None, 'output')}
     checks.check_sources(sources, survey)
     depths = {}
@@ -296,7 +316,7 @@ class Rule:
         f'{name}/tap_0': zeros_like_output(survey.units[name].info.out)
         for name in sources.values()})
     visit = functools.partial(
-        self._visit, survey=survey, shared=shared,
+        self._visit, infos=self.infos(survey.units.infos), shared=shared,
         divisor=lambda unit: reduction_lib.divisor(reduction, unit, count))
 
     def forward(params, feedback, probes, taps):
@@ -317,7 +337,6 @@ class Rule:
     losses, pull_loss = jax.vjp(lambda o: loss(o, y), output)
     reduction_lib.check_losses(losses, output)
     error, = pull_loss(jnp.ones_like(losses))
-
 
     def seed(name, port):
       source = sources.get(name.rpartition('/')[0])
@@ -366,6 +385,7 @@ class Rule:
   def weight_targets(self, units, params, feedback):
     """Unit -> the weights that its own should align with."""
     members = {}
+    units = self.infos(units)
     for name in units:
       label, rule = self.rule_for(name)
       part = paths.subtree(feedback, name)
@@ -379,9 +399,9 @@ class Rule:
       targets |= rule.weight_target(units, own, parts)
     return targets
 
-  def _visit(self, call, survey, shared, divisor=lambda unit: 1):
+  def _visit(self, call, infos, shared, divisor=lambda unit: 1):
     """Answers for one call of one unit: the unit under `custom_vjp`."""
-    info = survey.units[call.name].info
+    info = infos[call.name]
     label, rule = self.rule_for(call.name)
     probe = call.read('probes', 'call')
     if info.kind == base.BOUNDARY and probe is not None:
@@ -393,7 +413,7 @@ class Rule:
     key = call.key() if rule.stochastic else None
     source = rule.port(info)
     read = (None if source is None else info.net_output if source == 'output'
-            else survey.units[source].info.out)
+            else infos[source].out)
     out, port = _wrap(call.unit, info, rule, divisor(call.name), read)(
         call.params, feedback, call.inputs, key, call.read('taps', 'tap'))
     if port is not None:
@@ -425,7 +445,8 @@ class Rule:
     def apply(variables, feedback, x, *, key=None, mutable=False):
       survey = net.survey(variables, x)
       self.check(survey)
-      for name, info in survey.units.infos.items():
+      infos = self.infos(survey.units.infos)
+      for name, info in infos.items():
         label, rule = self.rule_for(name)
         if rule.port(info):
           raise ValueError(
@@ -436,7 +457,7 @@ class Rule:
       output, state_out = net.run(
           {**variables, 'feedback': unit_lib.pack(own, variables['params'])}, x,
           functools.partial(
-              self._visit, survey=survey, shared=feedback.get(SHARED, {})),
+              self._visit, infos=infos, shared=feedback.get(SHARED, {})),
           key, state)
       if not mutable:
         return output

@@ -7,6 +7,7 @@ from absl.testing import parameterized
 import bpjax
 import flax.linen as nn
 import jax
+from jax.interpreters import partial_eval
 import jax.numpy as jnp
 import numpy as np
 import reference_targets as reference
@@ -98,6 +99,72 @@ class ReferenceTest(float64.Float64TestCase):
         mode=update)
     for i, wire in learned.items():
       np.testing.assert_allclose(wire, expected.feedback_updates[i], atol=1e-12)
+
+  @parameterized.product(
+      activation=('tanh', 'elu'), kind=('chain', 'direct', 'meta'),
+      l2_share=(1., .3))
+  def test_the_derivative_by_the_wires(self, activation, kind, l2_share):
+    rule = _RECURSIVE(kind, 2, beta=.2, update='dx', l2_share=l2_share)
+    wiring = {
+        'chain': reference.chain_wiring(5), 'direct': reference.direct_wiring(5),
+        'meta': reference.gap_wiring(5, 2, 'meta')}[kind]
+    expected, learned = self.check(
+        rule, wiring, activation, beta=.2, mode='dx', l2_share=l2_share)
+    for i, wire in learned.items():
+      np.testing.assert_allclose(wire, expected.feedback_updates[i], atol=1e-12)
+
+  def test_the_discrepancy_falls(self):
+    net, variables, x, y, params = self.setup()
+    rule = _RECURSIVE('meta', beta=.2)
+    feedback, grads, _ = self.learn(rule, net, variables, x, y)
+    wiring = reference.gap_wiring(5, 2, 'meta')
+    targets = reference.recursive_local_representation_alignment(
+        params, self.wires(feedback, wiring), wiring, np.asarray(x),
+        np.asarray(y), beta=.2).targets
+    after = [
+        {k: p[k] - 1e-3 * np.asarray(affine(grads[f'unit_{i}'])[k]) for k in p}
+        for i, p in enumerate(params, 1)]
+    before, after = (
+        reference.total_discrepancy(p, targets, np.asarray(x))
+        for p in (params, after))
+    self.assertLess(after, before)
+
+  def test_linear_units_at_any_step_are_backprop(self):
+    net, variables, x, y, _ = self.setup('identity')
+    for model in (Chain('identity'), nn.Sequential(
+        [nn.Dense(width) for width in (*_WIDTHS, 4)])):
+      net, variables, x = float64.setup(model, x)
+      exact = zoo.learn(bpjax.rules.backprop(), net)(variables, {}, x, y)[1][0]
+      rule = _CHAIN(beta=.7)
+      feedback = bpjax.paths.map_with_name(
+          lambda name, _: bpjax.paths.subtree(variables['params'], name),
+          rule.init(jax.random.key(1), net, variables, x))
+      grads = zoo.learn(rule, net)(variables, feedback, x, y)[1][0]
+      names = sorted(grads)
+      for i, name in enumerate(names, 1):
+        np.testing.assert_allclose(
+            affine(grads[name])['kernel'] / .7**(5 - i),
+            affine(exact[name])['kernel'], atol=1e-12)
+
+  def test_sources_at_one_depth_are_independent(self):
+    # By the jaxpr: which wires each unit's update could depend on at all.
+    net, variables, x, y, _ = self.setup()
+    rule = _RECURSIVE('meta', 2)  # unit_2, unit_4 at the output; 1 and 3 below.
+    feedback = rule.init(jax.random.key(1), net, variables, x)
+    learn = rule.value_and_grad(net, _LOSS)
+    inputs = bpjax.paths.leaf_names(feedback)
+
+    def wires_behind(unit):
+      jaxpr = jax.make_jaxpr(
+          lambda f: learn(variables, f, x, y)[1][0][unit])(feedback).jaxpr
+      _, used = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+      return {name for name, read in zip(inputs, used) if read}
+
+    direct = {'unit_2/direct', 'unit_4/direct'}
+    self.assertEqual(wires_behind('unit_2') & direct, {'unit_2/direct'})
+    self.assertEqual(wires_behind('unit_4') & direct, {'unit_4/direct'})
+    self.assertEqual(wires_behind('unit_1') & direct, {'unit_2/direct'})
+    self.assertEqual(wires_behind('unit_3') & direct, {'unit_4/direct'})
 
   def test_depth_one(self):
     self.check(_RECURSIVE(beta=.2), reference.direct_wiring(5), beta=.2)
@@ -192,6 +259,126 @@ class ReferenceTest(float64.Float64TestCase):
     self.assert_close(below(variables['params']), below(changed), 0)
 
 
+class Blocks(nn.Module):
+  """Residual blocks, inside of which another rule than LRA can be at work."""
+
+  @nn.compact
+  def __call__(self, x):
+    x = nn.Dense(6, name='stem')(x)
+    for i in range(3):
+      x = Block(name=f'block_{i}')(x)
+    return nn.Dense(4, name='head')(x)
+
+
+class Block(nn.Module):
+
+  @nn.compact
+  def __call__(self, x):
+    return nn.tanh(x + nn.Dense(6)(nn.LayerNorm()(nn.tanh(nn.Dense(5)(x)))))
+
+
+class HybridTest(float64.Float64TestCase):
+
+  def learned(self, rule, wiring_of=None):
+    x = jax.random.normal(jax.random.key(0), (6, 5))
+    net, variables, x = float64.setup(
+        Blocks(), x, boundaries=['block_[01]'])
+    y = jnp.arange(6) % 4
+    feedback = float64.doubles(rule.init(jax.random.key(1), net, variables, x))
+    (_, aux), (grads, _) = zoo.learn(rule, net, reduction='sum')(
+        variables, feedback, x, y)
+    error = jax.nn.softmax(aux.output) - jax.nn.one_hot(y, 4)
+    return net, variables, x, feedback, grads, error
+
+  @parameterized.parameters('direct', 'chain')
+  def test_backprop_inside_blocks(self, wiring):
+    rule = bpjax.rules.by_path({
+        '*/boundary': _RECURSIVE(wiring, beta=.2),
+        '*': bpjax.rules.backprop()})
+    _, variables, x, feedback, grads, error = self.learned(rule)
+    params = variables['params']
+    wires = [feedback[f'block_{i}']['boundary']['direct'] for i in (0, 1)]
+    sent = {1: .2 * error @ wires[1]}
+    sent[0] = .2 * (error if wiring == 'direct' else sent[1]) @ wires[0]
+
+    def stage(names, own, h):
+      for name in names:
+        h = (nn.Dense(6).apply({'params': own[name]}, h) if name == 'stem'
+             else Block().apply({'params': own[name]}, h))
+      return h
+
+    h = x
+    for i, names in enumerate((('stem', 'block_0'), ('block_1',))):
+      own = {name: params[name] for name in names}
+      h, pull = jax.vjp(lambda own: stage(names, own, h), own)  # pylint: disable=cell-var-from-loop
+      expected, = pull(sent[i])
+      self.assert_close(
+          {name: {k: v for k, v in grads[name].items() if k != 'boundary'}
+           for name in names}, expected, 1e-12)
+
+  def test_other_rules_inside_blocks(self):
+    rule = bpjax.rules.by_path({
+        '*/boundary': _RECURSIVE(beta=.2), 'head': bpjax.rules.backprop(),
+        '*': bpjax.rules.feedback_alignment()})
+    _, _, _, feedback, grads, _ = self.learned(rule)
+    self.assertIn('kernel', feedback['block_0']['Dense_1'])
+    self.assertGreater(jnp.abs(grads['stem']['kernel']).max(), 0)
+
+  def test_a_unit_of_another_rule_below(self):
+    rule = bpjax.rules.by_path({
+        'unit_[12]': bpjax.rules.backprop(), '*': _RECURSIVE()})
+    x = jnp.ones((2, 5))
+    net = bpjax.from_linen(Chain())
+    with self.assertRaisesRegex(ValueError, '`unit_2` gets no error'):
+      rule.init(
+          jax.random.key(0), net, net.init(jax.random.key(0), x), x)
+
+
+class ConvolutionsTest(float64.Float64TestCase):
+
+  def test_wires_between_maps(self):
+
+    class Net(nn.Module):
+
+      @nn.compact
+      def __call__(self, x):
+        for i, width in enumerate((3, 4, 5)):
+          conv = functools.partial(nn.Conv, width, kernel_size=(3, 3))
+          x = bpjax.nn.Layer(conv, nn.tanh, name=f'conv_{i}')(x)
+          if i == 1:
+            x = nn.max_pool(x, (2, 2), (2, 2))
+        return nn.Dense(4, name='head')(x.reshape(x.shape[0], -1))
+
+    x = jax.random.normal(jax.random.key(0), (3, 4, 4, 2))
+    net, variables, x = float64.setup(Net(), x)
+    rule = _RECURSIVE('chain_in_gap', 2, beta=.2)
+    feedback = float64.doubles(rule.init(jax.random.key(1), net, variables, x))
+    self.assertEqual(jax.tree.map(jnp.shape, feedback), {
+        'conv_1': {'affine': {'kernel': (3, 3, 3, 4)}, 'direct': (4, 4, 4, 4)},
+        'head': {'kernel': (20, 4)}})
+    (_, aux), (grads, feedback_grads) = zoo.learn(rule, net, reduction='sum')(
+        variables, feedback, x, jnp.arange(3))
+    error = jax.nn.softmax(aux.output) - jax.nn.one_hot(jnp.arange(3), 4)
+    params = variables['params']
+    conv = lambda p, x: nn.Conv(p['kernel'].shape[-1], (3, 3)).apply(
+        {'params': p}, x)
+    a0 = conv(params['conv_0']['affine'], x)
+    a1 = conv(params['conv_1']['affine'], nn.tanh(a0))
+    e1 = nn.tanh(a1) - nn.tanh(
+        a1 - .2 * jnp.einsum('nc,chwk->nhwk', error, feedback['conv_1']['direct']))
+    back = {**params['conv_1']['affine'], **feedback['conv_1']['affine']}
+    d0, = jax.vjp(lambda h: conv(back, h), nn.tanh(a0))[1](e1)
+    e0 = nn.tanh(a0) - nn.tanh(a0 - .2 * d0)
+    expected = {}
+    for name, error, below in (('conv_0', e0, x), ('conv_1', e1, nn.tanh(a0))):
+      expected[name] = {'affine': jax.vjp(
+          lambda p: conv(p, below), params[name]['affine'])[1](error)[0]}  # pylint: disable=cell-var-from-loop
+    self.assert_close({n: grads[n] for n in expected}, expected, 1e-12)
+    self.assert_close(
+        feedback_grads['conv_1']['affine']['kernel'],
+        expected['conv_1']['affine']['kernel'], 1e-12)
+
+
 class RefusedTest(parameterized.TestCase):
 
   def refuse(self, rule, model, message, x=None):
@@ -206,6 +393,16 @@ class RefusedTest(parameterized.TestCase):
     self.refuse(
         rule, nn.Sequential([nn.Dense(3), nn.tanh, nn.Dense(3)]),
         'must hold its nonlinearity')
+
+  def test_a_derivative_that_is_zero(self):
+    net = bpjax.from_linen(Chain('sign'))
+    x, y = jnp.ones((2, 5)), jnp.zeros(2, int)
+    variables = net.init(jax.random.key(0), x)
+    rule = _RECURSIVE(update='dx')
+    feedback = rule.init(jax.random.key(1), net, variables, x)
+    with self.assertRaisesRegex(ValueError, "'dx' needs an activation"):
+      jax.eval_shape(
+          rule.value_and_grad(net, _LOSS), variables, feedback, x, y)
 
   @parameterized.parameters('norm', 'residual')
   def test_a_target_through_what_no_unit_owns(self, kind):

@@ -35,7 +35,7 @@ def local_representation_alignment(
   Args:
     beta: step of the pre-activation.
     gamma: strength of the update of E.
-    update: of E: 'transpose' (that of W), 'eq6' or 'fixed'.
+    update: of E: 'transpose' (that of W), 'eq6', 'dx' or 'fixed'.
     scale: factor on the standard deviation of the first E, `1/sqrt(fan-in)`:
       with the scale of W it does best.
     l2_share: alpha in :math:`e = \alpha (h-t) + (1-\alpha)\,sign(h-t)`.

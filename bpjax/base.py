@@ -16,13 +16,17 @@ Loss = Callable[[Any, Any], Array]
 # What the engines keep in Flax collections beside the model's own.
 BOUNDARY = 'Boundary'  # The kind, and in lower case the name, of a boundary.
 COLLECTIONS = ('feedback', 'ports', 'noise', 'probes', 'taps', 'particles')
+# Collections of models that never change, so that a unit may hold them: they
+# are inputs of the unit behind those of its call.
+CONSTANTS = ('perturbation',)
 
 
 class Activations(NamedTuple):
   """What one unit saw and made on the way forward.
 
   Attributes:
-    inputs: the unit's array inputs, each `[batch, ...]`.
+    inputs: the unit's array inputs, each `[batch, ...]`; constants that it
+      holds (`CONSTANTS`) come last, `[1, ...]`.
     pre: the output of the unit's affine operation, `[batch, ..., features]`.
     out: the unit's output; the same array as `pre` unless the unit owns its
       nonlinearity.

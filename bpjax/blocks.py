@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 import functools
+import math
 from typing import Any
 
 from bpjax import activations
+from bpjax import nn as layers
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,7 @@ import jax.numpy as jnp
 NORMS = ('batch', 'group', 'none')
 SHORTCUTS = ('pad', 'projection')
 STEMS = ('cifar', 'imagenet')
+CONVS = ('conv', 'perturbative')
 GROUP_SIZE = 8  # Channels that GroupNorm takes together.
 
 INITS = ('lecun', 'he', 'torch', 'fan_sum')
@@ -55,6 +58,16 @@ def check_rate(name: str, rate: float) -> None:
   """
   if not 0 <= rate < 1:
     raise ValueError(f'`{name}` must be in [0, 1), got {rate}.')
+
+
+def check_scale(name: str, scale: float) -> None:
+  """Raises a ValueError unless `scale` is that of a noise.
+
+  Example:
+    >>> check_scale('perturbation', .1)
+  """
+  if not 0 <= scale < math.inf:
+    raise ValueError(f'`{name}` must be at least 0, got {scale}.')
 
 
 def check_images(model: str, x: jnp.ndarray, smallest: int) -> None:
@@ -143,6 +156,9 @@ class ResidualBlock(nn.Module):
     shortcut: where the shape changes: 'pad' (every stride-th position, zeros
       for the new channels) or 'projection' (a 1x1 convolution with its norm).
     branch_scale: on the initial weights of the second convolution.
+    conv: 'conv', or 'perturbative': each 3x3 convolution is a
+      `bpjax.nn.PerturbativeConv`.
+    perturbation: standard deviation of its noise.
   """
   channels: int
   stride: int
@@ -150,16 +166,21 @@ class ResidualBlock(nn.Module):
   activation: Callable[[jnp.ndarray], jnp.ndarray]
   shortcut: str
   branch_scale: float = 1.
+  conv: str = 'conv'
+  perturbation: float = .1
 
   @nn.compact
   def __call__(self, x, train: bool = False):
     conv = functools.partial(
         nn.Conv, self.channels, use_bias=self.norm == 'none')
-    y = conv((3, 3), self.stride, 1, kernel_init=he_normal, name='conv_0')(x)
+    wide = functools.partial(conv, kernel_size=(3, 3), padding=1)
+    if self.conv == 'perturbative':
+      wide = functools.partial(
+          layers.PerturbativeConv, self.channels, scale=self.perturbation,
+          use_bias=self.norm == 'none')
+    y = wide(strides=self.stride, kernel_init=he_normal, name='conv_0')(x)
     y = self.activation(normalise(y, self.norm, train, 'norm_0'))
-    y = conv(
-        (3, 3), padding=1, kernel_init=_scaled(self.branch_scale),
-        name='conv_1')(y)
+    y = wide(kernel_init=_scaled(self.branch_scale), name='conv_1')(y)
     y = normalise(y, self.norm, train, 'norm_1')
     if x.shape != y.shape and self.shortcut == 'pad':
       x = x[:, ::self.stride, ::self.stride]
@@ -204,6 +225,8 @@ class ResNet(nn.Module):
     norm: one of `NORMS`.
     activation: elementwise function.
     shortcut: one of `SHORTCUTS`.
+    conv: of the blocks, one of `CONVS`; the stem is a convolution in both.
+    perturbation: standard deviation of the noise of 'perturbative'.
   """
   num_classes: int
   widths: Sequence[int]
@@ -212,6 +235,8 @@ class ResNet(nn.Module):
   norm: str
   activation: Callable[[jnp.ndarray], jnp.ndarray]
   shortcut: str
+  conv: str = 'conv'
+  perturbation: float = .1
 
   @nn.compact
   def __call__(self, x, train: bool = False):
@@ -231,7 +256,8 @@ class ResNet(nn.Module):
     for i, width in enumerate(self.widths):
       block = functools.partial(
           ResidualBlock, width, norm=self.norm, activation=self.activation,
-          shortcut=self.shortcut, branch_scale=scale)
+          shortcut=self.shortcut, branch_scale=scale, conv=self.conv,
+          perturbation=self.perturbation)
       x = Stage(
           self.blocks, 1 if i == 0 else 2, block, name=f'stage_{i + 1}')(
               x, train)
@@ -240,7 +266,8 @@ class ResNet(nn.Module):
 
 def resnet(
     num_classes: int, widths: Sequence[int], blocks: int, stem: str, norm: str,
-    activation: str, shortcut: str) -> ResNet:
+    activation: str, shortcut: str, conv: str = 'conv',
+    perturbation: float = .1) -> ResNet:
   """A `ResNet` from arguments that are checked.
 
   Args:
@@ -251,25 +278,30 @@ def resnet(
     norm: one of `NORMS`.
     activation: a name that `bpjax.activations.get` knows.
     shortcut: one of `SHORTCUTS`.
+    conv: one of `CONVS`.
+    perturbation: standard deviation of the noise of 'perturbative'.
 
   Returns:
     A module from images `[batch, height, width, channels]` to logits
     `[batch, num_classes]`; its call takes `train`.
 
   Raises:
-    ValueError: for an unknown stem, norm, activation or shortcut, or sizes
-      that are not positive.
+    ValueError: for an unknown stem, norm, activation, shortcut or conv, or
+      sizes that are not positive.
 
   Example:
     >>> model = resnet(10, (16, 32), 2, 'cifar', 'group', 'relu', 'pad')
   """
   check_sizes('num_classes', num_classes)
+  check_sizes('widths', *widths)
+  check_scale('perturbation', perturbation)
   check_choice('stem', stem, STEMS)
+  check_choice('conv', conv, CONVS)
   check_choice('norm', norm, NORMS)
   check_choice('shortcut', shortcut, SHORTCUTS)
   return ResNet(
       num_classes, tuple(widths), blocks, stem, norm,
-      activations.get(activation), shortcut)
+      activations.get(activation), shortcut, conv, perturbation)
 
 
 def _scaled(scale):

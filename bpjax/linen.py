@@ -251,14 +251,19 @@ class Call:
 
   def __init__(self, module, next_fun, args, kwargs, index, suspend, owners):
     self.name = '/'.join(module.scope.path)
-    self.inputs, arguments = unit_lib.take_apart(next_fun, args, kwargs)
+    inputs, arguments = unit_lib.take_apart(next_fun, args, kwargs)
+    held = {} if isinstance(module, _AFFINE) or owners else _constants(module)
+    constants, structure = jax.tree.flatten(held)
+    self.inputs = (*inputs, *constants)
     self.params = nn.meta.unbox(module.variables.get('params', {}))
     self._module = module
     self._next_fun = next_fun
     self._arguments = arguments
     self._index = index
     self._suspend = suspend
-    self.unit = None if owners else LinenUnit(module, arguments, suspend)
+    self.unit = None
+    if not owners:
+      self.unit = LinenUnit(module, arguments, suspend, structure)
 
   def original(self) -> Any:
     """Runs the module as the model wrote it."""
@@ -331,13 +336,16 @@ class BoundaryCall(Call):
 class LinenUnit(unit_lib.PureUnit):
   """The pure functions of one unit; holds no arrays. See `base.Unit`."""
 
-  def __init__(self, module, arguments, suspend):
+  def __init__(self, module, arguments, suspend, constants):
     self._module = module.clone(parent=None, name=None)
     self._arguments = arguments
+    self._constants = constants  # Their structure; they are the last inputs.
     self._suspend = suspend
     self.affine_module = self._module
     self.owns_activation = not isinstance(module, _AFFINE)
-    state = sorted(set(module.variables) - {'params', *base.COLLECTIONS})
+    state = sorted(
+        set(module.variables)
+        - {'params', *base.COLLECTIONS, *base.CONSTANTS})
     if self.owns_activation and state:
       raise ValueError(
           f'`is_unit` chose `{"/".join(module.scope.path)}`, which holds '
@@ -347,6 +355,10 @@ class LinenUnit(unit_lib.PureUnit):
 
   def _apply(self, params, inputs, replacement=None):
     args, kwargs = self._arguments(inputs)
+    first = len(inputs) - self._constants.num_leaves
+    variables = {
+        'params': params,
+        **jax.tree.unflatten(self._constants, inputs[first:])}
     seen = []
 
     def intercept(next_fun, args, kwargs, context):
@@ -358,10 +370,10 @@ class LinenUnit(unit_lib.PureUnit):
 
     with self._suspend():
       if not self.owns_activation:
-        out = self._module.apply({'params': params}, *args, **kwargs)
+        out = self._module.apply(variables, *args, **kwargs)
         return out, out
       with nn.intercept_methods(intercept):
-        out = self._module.apply({'params': params}, *args, **kwargs)
+        out = self._module.apply(variables, *args, **kwargs)
     if len(seen) != 1:
       raise ValueError(
           f'`is_unit` chose `{type(self._module).__name__}`, which calls '
@@ -369,6 +381,13 @@ class LinenUnit(unit_lib.PureUnit):
           'smaller modules inside it.')
     self.affine_module = seen[0][0].clone(parent=None, name=None)
     return out, seen[0][1]
+
+
+def _constants(module):
+  """The collections of a module that never change."""
+  return {
+      c: nn.meta.unbox(module.variables[c])
+      for c in base.CONSTANTS if c in module.variables}
 
 
 def _is_owner(module):

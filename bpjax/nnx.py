@@ -15,6 +15,7 @@ import itertools
 from typing import Any
 
 from bpjax import base
+from bpjax import nn as bpjax_nn
 from bpjax import paths
 from bpjax import survey as survey_lib
 from bpjax import unit as unit_lib
@@ -67,8 +68,8 @@ def from_nnx(
   """Makes a network of units out of any Flax NNX module, which stays as it is.
 
   A unit is an affine operation (`Linear`, `LinearGeneral`, `Conv`,
-  `ConvTranspose`, `Einsum`, `Embed`, or a subclass), or a module that `is_unit`
-  chooses. Everything between units keeps its exact derivative. Training runs
+  `ConvTranspose`, `Einsum`, `Embed`, or a subclass), a `bpjax.nn.NnxLayer`, or
+  a module that `is_unit` chooses. Everything between units keeps its exact derivative. Training runs
   after `module.train()` and evaluation after `module.eval()`, on copies.
   `nnx.remat` is transparent; units inside `nnx.scan`, `nnx.vmap`, `nnx.cond` or
   `nnx.jit` are refused.
@@ -118,8 +119,10 @@ def from_nnx(
         f'`module` must be a flax.nnx.Module, got {type(module).__name__}; '
         'pass a built one such as `MLP(rngs=nnx.Rngs(0))`, and a linen module '
         'to `from_linen`.')
-  return Network(module, is_unit or (lambda module: False), tuple(boundaries),
-                 norm_gain_transport)
+  chosen = is_unit or (lambda module: False)
+  return Network(
+      module, lambda m: isinstance(m, bpjax_nn.NnxLayer) or chosen(m),
+      tuple(boundaries), norm_gain_transport)
 
 
 class Network(survey_lib.Network):

@@ -24,7 +24,8 @@ from ml_collections import config_flags
 
 LOSSES = ('cross_entropy', 'sigmoid_cross_entropy', 'squared_error')
 OPTIMIZERS = ('sgd', 'momentum', 'nesterov', 'adam', 'adamw', 'rmsprop')
-SCHEDULES = ('constant', 'cosine', 'linear')
+PREPROCESSING = ('', 'gcn', 'gcn_zca')
+SCHEDULES = ('constant', 'cosine', 'linear', 'polynomial')
 _FREE = ('rule_args', 'model_args', 'mesh')  # Fields that take new keys.
 _CHOICES = {
     'loss': LOSSES,
@@ -32,17 +33,18 @@ _CHOICES = {
     'optimizer': OPTIMIZERS,
     'feedback_optimizer': ('', *OPTIMIZERS),
     'feedback_schedule': ('together', 'epochs'),
+    'preprocessing': PREPROCESSING,
     'schedule': SCHEDULES,
     'alignment_split': ('train', 'validation', 'test'),
 }
 _AT_LEAST = {
     'alignment_every': 0, 'batch_size': 1, 'checkpoint_every': 0,
     'clip_norm': 0, 'epochs': 1, 'eval_batch_size': 1,
-    'feedback_learning_rate': 0, 'keep_checkpoints': 1, 'learning_rate': 0,
-    'log_every': 0, 'mirror_every': 1, 'mirror_first': 0, 'momentum': 0,
-    'seed': 0, 'steps_per_call': 0,
-    'train_examples': 0, 'validation': 0, 'warmup_epochs': 0,
-    'weight_decay': 0,
+    'feedback_learning_rate': 0, 'final_learning_rate': 0, 'input_noise': 0,
+    'keep_checkpoints': 1, 'learning_rate': 0, 'log_every': 0,
+    'mirror_every': 1, 'mirror_first': 0, 'momentum': 0, 'schedule_power': 0,
+    'seed': 0, 'steps_per_call': 0, 'train_examples': 0, 'validation': 0,
+    'warmup_epochs': 0, 'weight_decay': 0, 'zca_epsilon': 0,
 }
 
 
@@ -57,6 +59,10 @@ def default() -> ml_collections.ConfigDict:
   # What is trained, how it learns, and on what.
   config.rule = 'backprop'  # A name of bpjax.rules.names().
   config.rule_args = {}  # The rule's own arguments: rule_args.scale = .5.
+  # Triples (path pattern, rule, its arguments) that come before `rule`, as in
+  # (('*/boundary', 'feedback_alignment', {'scale': .5}),); the first that
+  # matches a unit wins, and `rule` trains those that none does.
+  config.rule_by_path = ()
   config.model = 'mlp'  # A name of bpjax.models.names().
   config.model_args = {}  # The model's own arguments: model_args.widths = ...
   # Globs for modules whose outputs are units, too, such as 'stage_*/block_*':
@@ -70,6 +76,12 @@ def default() -> ml_collections.ConfigDict:
   # a channel, or one for all; empty: measured on the training images.
   config.pixel_mean = ()
   config.pixel_std = ()
+  # What is done to images in place of that scaling: 'gcn', global contrast
+  # normalisation of each image, or 'gcn_zca', ZCA whitening after it, with the
+  # mean and the covariance of the training images (without validation).
+  config.preprocessing = ''
+  config.zca_epsilon = .1  # Added to the covariance's eigenvalues.
+  config.input_noise = 0.  # Deviation of Gaussian noise on inputs, in training.
 
   # The optimisation. A weight decay w shrinks every parameter, and feedback
   # that is trained, at every step: by `learning_rate * w` of itself under
@@ -87,7 +99,11 @@ def default() -> ml_collections.ConfigDict:
   config.frozen = ()
   config.optimizer = 'adam'  # sgd, momentum, nesterov, adam, adamw, rmsprop.
   config.learning_rate = 1e-3
-  config.schedule = 'constant'  # 'cosine' or 'linear': to 0 at the end.
+  # 'cosine', 'linear' or 'polynomial': falls to `final_learning_rate`, as
+  # half a cosine, or as the remaining share of steps to `schedule_power`.
+  config.schedule = 'constant'
+  config.schedule_power = 1.
+  config.final_learning_rate = 0.
   config.warmup_epochs = 0.  # The rate rises linearly from 0 over these.
   config.momentum = .9  # Of momentum and nesterov.
   config.weight_decay = 0.
@@ -152,6 +168,20 @@ def check(config: ml_collections.ConfigDict) -> None:
     raise ValueError(
         "`epochs` must be even with `feedback_schedule='epochs'`, half of them "
         f'for the feedback, got {config.epochs}.')
+  if config.final_learning_rate > (
+      0 if config.schedule == 'constant' else config.learning_rate):
+    raise ValueError(
+        '`final_learning_rate` must be at most `learning_rate`, '
+        f'{config.learning_rate}, and 0 under a constant `schedule`, got '
+        f'{config.final_learning_rate}; choose another schedule or rate.')
+  for field in ('schedule_power', 'zca_epsilon'):
+    if not config[field]:
+      raise ValueError(f'`{field}` must be positive, got 0.')
+  if config.preprocessing and (config.pixel_mean or config.pixel_std):
+    raise ValueError(
+        '`pixel_mean` and `pixel_std` must be empty with `preprocessing`, '
+        f'which scales images itself, got {config.preprocessing!r}; leave one '
+        'out.')
   if config.seed >= 2**31:
     raise ValueError(f'`seed` must be less than 2**31, got {config.seed}.')
   if config.feedback_learning_rate and not config.feedback_optimizer:
@@ -167,6 +197,13 @@ def check(config: ml_collections.ConfigDict) -> None:
         raise ValueError(
             f'`{field}` must be a list of pairs that begin with a path '
             f'pattern, such as {example}, got {pair!r}.')
+  for part in config.rule_by_path:
+    if not (len(part) == 3 and isinstance(part[0], str)
+            and isinstance(part[1], str) and isinstance(part[2], Mapping)):
+      raise ValueError(
+          '`rule_by_path` must be a list of triples (path pattern, rule, its '
+          "arguments), such as ('*/boundary', 'feedback_alignment', {}), got "
+          f'{part!r}.')
   for field, least in (('pixel_mean', -math.inf), ('pixel_std', 0)):
     if not all(
         isinstance(v, (int, float)) and least < v < math.inf
@@ -205,7 +242,24 @@ def arguments(
     >>> arguments(bpjax.models.get('mlp'), config, 'model_args')
     {'widths': (64, 64)}
   """
-  given = config[field].to_dict()
+  return checked(function, config[field].to_dict(), field)
+
+
+def checked(
+    function: Callable[..., Any], given: Mapping[str, Any], field: str
+) -> dict[str, Any]:
+  """Keyword arguments, checked against a function as `arguments` does.
+
+  Args:
+    function: makes the rule or the model.
+    given: name -> value.
+    field: where in the config they are, for the error.
+
+  Example:
+    >>> checked(bpjax.models.get('mlp'), {'widths': (64, 64)}, 'model_args')
+    {'widths': (64, 64)}
+  """
+  given = dict(given)
   known = inspect.signature(function).parameters
   if any(p.kind is p.VAR_KEYWORD for p in known.values()):
     return given

@@ -15,6 +15,7 @@ import numpy as np
 
 from experiments import decoded
 from experiments import prepared
+from experiments import preprocessing as preprocessing_lib
 from experiments.decoded import Split
 from experiments.streaming import (
     IMAGENET_MEAN, IMAGENET_STD, Stream, epoch_order)
@@ -39,8 +40,9 @@ class Dataset(NamedTuple):
     validation: examples held out of train; None where none were asked for.
     test: the test examples.
     mean: float32 `[channels]`, of the train images scaled to [0, 1]; of
-      ImageNet where `train` is a Stream.
-    std: float32 `[channels]`, likewise; 1 where a channel is constant.
+      ImageNet where `train` is a Stream; 0 where images are preprocessed.
+    std: float32 `[channels]`, likewise; 1 where a channel is constant, and
+      where images are preprocessed.
     source: one line for the log: what was read, and from where.
   """
 
@@ -74,6 +76,8 @@ def load(
     train_examples: int | None = None,
     stream: bool = False,
     image_size: int = 224,
+    preprocessing: str = '',
+    zca_epsilon: float = .1,
 ) -> Dataset:
   """Loads a data set by name.
 
@@ -91,14 +95,20 @@ def load(
       for all.
     stream: stream a set that would fit into arrays as well.
     image_size: height and width of streamed images; arrays keep their own.
+    preprocessing: '' (none), 'gcn' (global contrast normalisation) or 'gcn_zca'
+      (ZCA whitening after it, by the images of `train` alone); see
+      `experiments.preprocessing`. Whitened images are kept in a cache file.
+    zca_epsilon: of the whitening.
 
   Returns:
-    A Dataset of uint8 images and int32 labels.
+    A Dataset of uint8 images and int32 labels; float16 images where they are
+    preprocessed.
 
   Raises:
     ValueError: the set is unknown, not prepared, not an image classification
       set, damaged, has a label outside its classes, or is smaller than
-      `validation` and `train_examples` ask for.
+      `validation` and `train_examples` ask for; or it is streamed, or its
+      images are too large, and they are to be preprocessed.
 
   Example:
     >>> dataset = load('digits', validation=200)
@@ -121,18 +131,38 @@ def load(
   else:
     image_shape = train.images.shape[1:]
     mean, std = _moments(train.images)
-  return Dataset(
+  validation = None if held_out is None else _select(whole.train, held_out)
+  dataset = Dataset(
       name=name, num_classes=whole.num_classes, image_shape=image_shape,
-      train=train,
-      validation=None if held_out is None else _select(whole.train, held_out),
-      test=whole.test, mean=mean, std=std, source=whole.source)
+      train=train, validation=validation, test=whole.test, mean=mean, std=std,
+      source=whole.source)
+  if not preprocessing:
+    return dataset
+  return _preprocessed(
+      dataset, preprocessing, zca_epsilon, _cache_folder(cache_dir))
+
+
+def _preprocessed(dataset, kind, epsilon, cache_dir) -> Dataset:
+  if isinstance(dataset.train, Stream):
+    raise ValueError(
+        f"`preprocessing` must be '' for {dataset.name!r}, got {kind!r}: it is "
+        'streamed, and preprocessed images have to fit into memory; choose a '
+        'smaller set, or none')
+  train, validation, test = preprocessing_lib.apply(
+      kind, epsilon, (dataset.train, dataset.validation, dataset.test),
+      dataset.name.replace('/', '-').replace(':', '-'), cache_dir)
+  return dataset._replace(
+      train=train, validation=validation, test=test,
+      mean=np.zeros_like(dataset.mean), std=np.ones_like(dataset.std),
+      source=f'{kind} of {dataset.source}')
 
 
 def normalise(images: Array, mean: Array, std: Array) -> Array:
   """Scales images to [0, 1], then to mean 0 and variance 1 in each channel.
 
   Args:
-    images: uint8 `[..., channels]`, a NumPy or a JAX array (traced or not).
+    images: uint8 `[..., channels]`, a NumPy or a JAX array (traced or not); or
+      floats, which are not scaled to [0, 1].
     mean: float32 `[channels]`.
     std: float32 `[channels]`.
 
@@ -142,7 +172,9 @@ def normalise(images: Array, mean: Array, std: Array) -> Array:
   Example:
     >>> x = normalise(dataset.test.images, dataset.mean, dataset.std)
   """
-  return (images.astype(np.float32) / np.float32(255) - mean) / std
+  white = np.float32(
+      1 if np.issubdtype(images.dtype, np.floating) else 255)
+  return (images.astype(np.float32) / white - mean) / std
 
 
 def _digits() -> _Whole:
@@ -162,9 +194,7 @@ def _digits() -> _Whole:
 def _tfds(name, data_dir, cache_dir, stream, image_size) -> _Whole:
   """A TFDS set: from its cache file, else from its prepared folder."""
   directory = prepared.data_directory(data_dir)
-  cache_dir = pathlib.Path(
-      cache_dir or os.environ.get('BPJAX_CACHE_DIR')
-      or os.path.join('~', '.cache', 'bpjax')).expanduser()
+  cache_dir = _cache_folder(cache_dir)
   found = prepared.find(name, directory)
   if found is None:
     path = None if stream else decoded.newest_cache(name, cache_dir)
@@ -185,6 +215,12 @@ def _tfds(name, data_dir, cache_dir, stream, image_size) -> _Whole:
       cached.train, cached.test, cached.num_classes,
       f'{found.name} {found.version} ({cached.encoding} images) decoded from '
       f'{found.path}')
+
+
+def _cache_folder(cache_dir) -> pathlib.Path:
+  return pathlib.Path(
+      cache_dir or os.environ.get('BPJAX_CACHE_DIR')
+      or os.path.join('~', '.cache', 'bpjax')).expanduser()
 
 
 def _fits(found: prepared.Prepared) -> bool:

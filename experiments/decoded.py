@@ -5,11 +5,12 @@ is known about them, so it can be copied to a machine without TFDS. It appears
 whole or not at all, however many processes write it at once.
 """
 
+from collections.abc import Callable, Mapping
 import logging
 import os
 import pathlib
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 import uuid
 import warnings
 import zipfile
@@ -26,7 +27,8 @@ class Split(NamedTuple):
   """The decoded examples of one split.
 
   Attributes:
-    images: uint8 `[n, height, width, channels]`.
+    images: uint8 `[n, height, width, channels]`, as decoded; float16 once they
+      are preprocessed.
     labels: int32 `[n]`.
   """
 
@@ -148,19 +150,41 @@ def read_cache(path: pathlib.Path) -> Decoded | None:
     >>> read_cache(pathlib.Path('cache/mnist-3.0.1.npz')).num_classes
     10
   """
+  return read_arrays(path, _from_file)
+
+
+def _from_file(file):
+  splits = [
+      Split(file[f'{split}_images'], file[f'{split}_labels'])
+      for split in ('train', 'test')]
+  for images, labels in splits:
+    if images.ndim != 4 or labels.shape != images.shape[:1]:
+      raise ValueError(f'shapes {images.shape} and {labels.shape}')
+    if images.dtype != np.uint8 or labels.dtype != np.int32:
+      raise ValueError(f'dtypes {images.dtype} and {labels.dtype}')
+  return Decoded(
+      *splits, int(file['num_classes']), str(file['encoding']),
+      str(file['fingerprint']))
+
+
+def read_arrays(
+    path: pathlib.Path, make: Callable[[Mapping[str, np.ndarray]], Any]
+) -> Any | None:
+  """What `make` makes of the arrays of a cache file; None where there is none.
+
+  A damaged file is None too, with a warning that names it.
+
+  Args:
+    path: of the file.
+    make: takes the arrays by name; may raise a ValueError or a KeyError for
+      what they cannot be.
+
+  Example:
+    >>> read_arrays(path, lambda file: file['train_labels'])
+  """
   try:
     with np.load(path, allow_pickle=False) as file:
-      splits = [
-          Split(file[f'{split}_images'], file[f'{split}_labels'])
-          for split in ('train', 'test')]
-      cached = Decoded(
-          *splits, int(file['num_classes']), str(file['encoding']),
-          str(file['fingerprint']))
-    for images, labels in splits:
-      if images.ndim != 4 or labels.shape != images.shape[:1]:
-        raise ValueError(f'shapes {images.shape} and {labels.shape}')
-      if images.dtype != np.uint8 or labels.dtype != np.int32:
-        raise ValueError(f'dtypes {images.dtype} and {labels.dtype}')
+      return make(file)
   except (FileNotFoundError, NotADirectoryError):
     return None
   # What NumPy and zipfile raise depends on the byte that is damaged.
@@ -168,9 +192,8 @@ def read_cache(path: pathlib.Path) -> Decoded | None:
           zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
     warnings.warn(
         f'the cache file {path} is damaged or cannot be read '
-        f'({type(error).__name__}: {error}) and is not used', stacklevel=2)
+        f'({type(error).__name__}: {error}) and is not used', stacklevel=3)
     return None
-  return cached
 
 
 def write_cache(path: pathlib.Path, cached: Decoded) -> None:
@@ -181,16 +204,25 @@ def write_cache(path: pathlib.Path, cached: Decoded) -> None:
   Example:
     >>> write_cache(cache_path('mnist', '3.0.1', folder), decode(found))
   """
+  write_arrays(path, {
+      'train_images': cached.train.images, 'train_labels': cached.train.labels,
+      'test_images': cached.test.images, 'test_labels': cached.test.labels,
+      'num_classes': cached.num_classes, 'encoding': cached.encoding,
+      'fingerprint': cached.fingerprint})
+
+
+def write_arrays(path: pathlib.Path, arrays: Mapping[str, Any]) -> None:
+  """Writes a cache file of any arrays, as `write_cache` does.
+
+  Example:
+    >>> write_arrays(pathlib.Path('cache/mine.npz'), {'mean': np.zeros(3)})
+  """
   temporary = path.with_name(f'.{path.name}.{uuid.uuid4().hex}')
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
       with open(temporary, 'xb') as file:
-        np.savez(
-            file, train_images=cached.train.images,
-            train_labels=cached.train.labels, test_images=cached.test.images,
-            test_labels=cached.test.labels, num_classes=cached.num_classes,
-            encoding=cached.encoding, fingerprint=cached.fingerprint)
+        np.savez(file, **arrays)
         file.flush()
         os.fsync(file.fileno())
       os.replace(temporary, path)
@@ -198,6 +230,6 @@ def write_cache(path: pathlib.Path, cached: Decoded) -> None:
       temporary.unlink(missing_ok=True)
   except OSError as error:
     warnings.warn(
-        f'the cache file {path} cannot be written ({error}), so the data set '
-        'is decoded anew each time; set BPJAX_CACHE_DIR to a folder with '
-        'write permission', stacklevel=2)
+        f'the cache file {path} cannot be written ({error}), so what it would '
+        'hold is made anew each time; set BPJAX_CACHE_DIR to a folder with '
+        'write permission', stacklevel=3)

@@ -112,10 +112,14 @@ def _schedule(config, peak, steps_per_epoch):
   turns = 2 if config.feedback_schedule == 'epochs' else 1
   warmup = round(config.warmup_epochs * steps_per_epoch)
   rest = config.epochs * steps_per_epoch // turns - warmup
+  # Another peak, that of the feedback, falls by the same factor.
+  share = config.final_learning_rate / config.learning_rate
   after = {
       'constant': lambda: optax.constant_schedule(peak),
-      'cosine': lambda: optax.cosine_decay_schedule(peak, rest),
-      'linear': lambda: optax.linear_schedule(peak, 0., rest),
+      'cosine': lambda: optax.cosine_decay_schedule(peak, rest, share),
+      'linear': lambda: optax.linear_schedule(peak, share * peak, rest),
+      'polynomial': lambda: optax.polynomial_schedule(
+          peak, share * peak, config.schedule_power, rest),
   }[config.schedule]()
   if not warmup:
     return peak if config.schedule == 'constant' else after

@@ -405,6 +405,7 @@ def _record(run: _Run) -> Record | None:
           r'( decoded| streamed)? from [^/]*/.*', '', summary['data_source']),
       'test_accuracy_by_epoch': [
           _rounded(m['accuracy'], 4) for m in lines if m['split'] == 'test'],
+      **_validation(lines),
       'alignment': {
           unit: {
               kind: _rounded(value, 6)
@@ -421,6 +422,13 @@ def _record(run: _Run) -> Record | None:
           for unit in summary['units'] if unit in summary['alignment']},
       'config': config,
   }
+
+
+def _validation(lines):
+  """Accuracies on held-out examples, where there are any."""
+  found = [
+      _rounded(m['accuracy'], 4) for m in lines if m['split'] == 'validation']
+  return {'validation_accuracy_by_epoch': found} if found else {}
 
 
 def _rounded(value, digits):

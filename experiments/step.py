@@ -84,6 +84,7 @@ class Learner:
     mirror_every: feedback that learns from noise does so at every n-th step.
     mirror_first: steps of it alone before the first one.
     examples: number of training examples whose particles are kept; 0: of none.
+    input_noise: standard deviation of the noise that a step adds to its inputs.
   """
   net: Any
   rule: Any
@@ -98,10 +99,11 @@ class Learner:
   mirror_every: int = 1
   mirror_first: int = 0
   examples: int = 0
+  input_noise: float = 0.
 
   def init(self) -> TrainState:
     """The state before the first step."""
-    key, feedback_key, _, _ = self._keys()
+    key, feedback_key, *_ = self._keys()
     x = jnp.zeros(self.input_shape)
     variables = self.net.init(key, x)
     feedback = self.rule.init(feedback_key, self.net, variables, x)
@@ -199,13 +201,17 @@ class Learner:
     """
     learn = self.rule.value_and_grad(
         self.net, self.loss, reduction=self.reduction)
-    _, _, key, _ = self._keys()
+    _, _, key, _, noise_key = self._keys()
+    x = self._normalise(images)
+    if self.input_noise:
+      x += self.input_noise * jax.random.normal(
+          jax.random.fold_in(noise_key, state.step), x.shape, x.dtype)
     variables = {'params': state.params, **state.model_state}
     particles = state.particles
     if self.examples:
       variables['particles'] = jax.tree.map(lambda s: s[index], particles)
     (loss, aux), (grads, feedback_grads) = learn(
-        variables, state.feedback, self._normalise(images), labels,
+        variables, state.feedback, x, labels,
         key=jax.random.fold_in(key, state.step))
     if self.examples:
       particles = jax.tree.map(
@@ -256,14 +262,15 @@ class Learner:
   ) -> dict[str, Any]:
     """Alignment with backprop on one batch: unit -> `bpjax.Alignment`."""
     align = bpjax.alignment(self.net, self.loss, self.rule)
-    *_, key = self._keys()
+    _, _, _, key, _ = self._keys()
     return align(
         {'params': state.params, **state.model_state}, state.feedback,
         self._normalise(images), labels,
         key=jax.random.fold_in(key, state.step))
 
   def _keys(self):
-    return jax.random.split(jax.random.key(self.seed), 4)
+    # The first ones do not depend on how many there are.
+    return jax.random.split(jax.random.key(self.seed), 5)
 
   def _batch(self, data, i):
     if 'order' not in data:

@@ -89,7 +89,7 @@ def setup(
     ValueError: with one sentence that says what to change.
   """
   config_lib.check(config)
-  rule = _make(bpjax.rules.get(config.rule), config, 'rule_args')
+  rule = _rule(config)
   if config.bottleneck:
     rule = bpjax.bottleneck(rule, dict(config.bottleneck), config.seed)
   make_model = bpjax.models.get(config.model)
@@ -97,7 +97,8 @@ def setup(
   mesh = devices.make_mesh(config.mesh.to_dict(), config.batch_size)
   dataset = data_lib.load(
       config.dataset, config.data_dir or None, validation=config.validation,
-      seed=config.seed, train_examples=config.train_examples or None)
+      seed=config.seed, train_examples=config.train_examples or None,
+      preprocessing=config.preprocessing, zca_epsilon=config.zca_epsilon)
   feed = feed_lib.make(dataset.train, config.batch_size, config.seed, mesh)
   net = bpjax.from_linen(
       make_model(**{'num_classes': dataset.num_classes} | model_args),
@@ -112,7 +113,7 @@ def setup(
       std=_pixels(config, 'pixel_std', dataset.std), seed=config.seed,
       mesh=mesh,
       mirror_every=config.mirror_every, mirror_first=config.mirror_first,
-      examples=_particles(config, dataset))
+      examples=_particles(config, dataset), input_noise=config.input_noise)
   like = _placed(jax.eval_shape(learner.init), learner, config)
   most, programs = _compile(config, learner, feed, like)
   return Run(
@@ -199,8 +200,19 @@ def evaluate(
   return float(loss / count), float(correct / count)
 
 
-def _make(function, config, field):
-  return function(**config_lib.arguments(function, config, field))
+def _rule(config):
+  """The rule of the config, or rules by path with it for what is left."""
+  make = bpjax.rules.get(config.rule)
+  rule = make(**config_lib.arguments(make, config, 'rule_args'))
+  if not config.rule_by_path:
+    return rule
+  rules = {}  # The first that matches a unit wins.
+  for pattern, name, given in config.rule_by_path:
+    make = bpjax.rules.get(name)
+    rules[pattern] = make(
+        **config_lib.checked(make, given, f'rule_by_path[{pattern!r}]'))
+  rules.setdefault('*', rule)
+  return bpjax.rules.by_path(rules)
 
 
 def _pixels(config, field, measured):
@@ -287,6 +299,7 @@ def _compile(config, learner, feed, like):
         out_shardings=(places, everywhere)).lower(like, data, first, first)
 
   most = _most_steps(config, feed, lower)
+  pixels = feed.fixed_batch[0].dtype
   size = feed_lib.eval_batch_size(config.eval_batch_size, learner.mesh)
   shape = lambda n, dtype, *rest: jax.ShapeDtypeStruct(
       (n, *rest), dtype, sharding=batch)
@@ -295,7 +308,7 @@ def _compile(config, learner, feed, like):
       'init': jax.jit(learner.init, out_shardings=places),
       'steps': lower(most).compile(),
       'evaluate': jax.jit(learner.evaluate).lower(
-          like.params, like.model_state, shape(size, np.uint8, *image),
+          like.params, like.model_state, shape(size, pixels, *image),
           shape(size, np.int32), shape(size, np.bool_)).compile(),
       'is_finite': jax.jit(step_lib.is_finite).lower(like).compile(),
   }
@@ -303,7 +316,7 @@ def _compile(config, learner, feed, like):
     n = config.batch_size
     programs['align'] = jax.jit(
         learner.align, out_shardings=everywhere).lower(
-            like, shape(n, np.uint8, *image), shape(n, np.int32)).compile()
+            like, shape(n, pixels, *image), shape(n, np.int32)).compile()
   return most, programs
 
 

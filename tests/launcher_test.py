@@ -281,6 +281,74 @@ class RunFolderTest(parameterized.TestCase):
     np.testing.assert_array_equal(run.learner.mean, [.5])
     np.testing.assert_array_equal(run.learner.std, [2.])
 
+  def test_noise_on_inputs_is_a_function_of_seed_and_step(self):
+    runs = {
+        noise: _ready(_config(input_noise=noise), self.tmp / str(noise))
+        for noise in (0., .5)}
+    run = runs[0.]
+    images = jnp.asarray(run.dataset.train.images[:64])
+    labels = jnp.asarray(run.dataset.train.labels[:64])
+    before = jax.jit(run.learner.init)()
+    _assert_same(before, jax.jit(runs[.5].learner.init)())
+    plain, noisy = (jax.jit(r.learner.step) for r in runs.values())
+    one, loss = noisy(before, images, labels)
+    same, _ = noisy(before, images, labels)
+    _assert_same(one, same)
+    _, later = noisy(before._replace(step=jnp.int32(1)), images, labels)
+    assert len({float(loss), float(later),
+                float(plain(before, images, labels)[1])}) == 3
+    # The loss of the first step, from the noise's own definition.
+    *_, key = jax.random.split(jax.random.key(0), 5)
+    noise = jax.random.normal(jax.random.fold_in(key, 0), images.shape)
+    x = data_lib.normalise(images, run.dataset.mean, run.dataset.std)
+    output = run.learner.net.apply({'params': before.params}, x + .5 * noise)
+    np.testing.assert_allclose(
+        loss, run.learner.loss(output, labels).mean(), rtol=1e-5)
+    mask = np.ones(64, bool)
+    for a, b in zip(*(
+        r.learner.evaluate(before.params, {}, images, labels, mask)
+        for r in runs.values()), strict=True):
+      assert a == b
+
+  def test_keys_of_a_run_are_those_that_they_were(self):
+    # Results of before there was a key for noise on inputs stay reproducible.
+    four, five = (jax.random.split(jax.random.key(3), n) for n in (4, 5))
+    np.testing.assert_array_equal(
+        jax.random.key_data(five[:4]), jax.random.key_data(four))
+
+  def test_whitened_digits_from_start_to_end(self):
+    config = _config(
+        preprocessing='gcn_zca', validation=100, alignment_every=22,
+        learning_rate=1e-2)
+    _launch(config, self.tmp / 'run')
+    summary = _summary(self.tmp / 'run')
+    assert summary['data_source'] == 'gcn_zca of digits from scikit-learn'
+    assert summary['test_accuracy'] > .8
+    run = _ready(config, self.tmp / 'ready')
+    assert run.dataset.test.images.dtype == np.float16
+    _, state = _restore(run.like, self.tmp / 'run')
+    x = run.dataset.test.images.astype(np.float32)
+    logits = run.learner.net.apply({'params': state.params}, jnp.asarray(x))
+    assert summary['test_accuracy'] == pytest.approx(
+        np.mean(np.argmax(logits, -1) == run.dataset.test.labels))
+
+  def test_rules_by_path(self):
+    run = _ready(_config(
+        rule='feedback_alignment',
+        rule_by_path=(('Dense_1', 'sign_symmetry', {'variant': 'uSF'}),)),
+        self.tmp)
+    assert run.units == {
+        'Dense_0': 'feedback_alignment', 'Dense_1': 'sign_symmetry'}
+
+  def test_perturbative_layers_keep_their_noise(self):
+    config = _config(model='ororbia_cnn', epochs=1)
+    config.model_args = {'channels': (3, 4), 'conv': 'perturbative'}
+    _launch(config, self.tmp / 'run')
+    run = _ready(config, self.tmp / 'ready')
+    _, state = _restore(run.like, self.tmp / 'run')
+    _assert_same(state.model_state, run.programs['init']().model_state)
+    assert state.model_state['perturbation']
+
   def test_sigmoid_cross_entropy_learns(self):
     _launch(_config(loss='sigmoid_cross_entropy', learning_rate=1e-2), self.tmp)
     assert _summary(self.tmp)['test_accuracy'] > .5
@@ -477,6 +545,27 @@ class RefusedTest(parameterized.TestCase):
       ('pixel_mean', {'pixel_mean': '(.5, .5)'}, 'one for each of the 1'),
       ('pixel_std', {'pixel_std': '(0.,)'}, 'positive ones'),
       ('bottleneck', {'bottleneck': "(('Dense_0', 99),)"}, 'at most its 16'),
+      ('schedule', {'schedule': 'polynom'}, 'did you mean `polynomial`'),
+      ('power', {'schedule': 'polynomial', 'schedule_power': '0'},
+       '`schedule_power` must be positive'),
+      ('final', {'schedule': 'cosine', 'final_learning_rate': '.1'},
+       '`final_learning_rate` must be at most `learning_rate`, 0.001'),
+      ('final_constant', {'final_learning_rate': '1e-5'},
+       '0 under a constant `schedule`'),
+      ('preprocessing', {'preprocessing': 'zca'}, 'did you mean `gcn_zca`'),
+      ('pixels', {'preprocessing': 'gcn', 'pixel_std': '(1.,)'},
+       '`pixel_mean` and `pixel_std` must be empty'),
+      ('epsilon', {'zca_epsilon': '0'}, '`zca_epsilon` must be positive'),
+      ('noise', {'input_noise': '-1'}, '`input_noise` must be'),
+      ('by_path', {'rule_by_path': "(('Dense_0', 'backprop'),)"},
+       '`rule_by_path` must be a list of triples'),
+      ('by_path_rule', {'rule_by_path': "(('Dense_0', 'backporp', {}),)"},
+       'did you mean `backprop`'),
+      ('by_path_arg', {
+          'rule_by_path': "(('Dense_0', 'feedback_alignment', {'scal': 1}),)"},
+       "`rule_by_path['Dense_0'].scal` is no argument"),
+      ('by_path_pattern', {'rule_by_path': "(('Dense_9', 'backprop', {}),)"},
+       '`Dense_9` of `by_path` matches no unit'),
       ('rule_for_model',
        {'rule': 'feedback_alignment', 'model_args.activation': 'sign'}, ''),
   )
@@ -561,6 +650,30 @@ class OptimizerTest(parameterized.TestCase):
       np.testing.assert_allclose(
           -self._updates(6, schedule=schedule, **fields)[:, 0],
           [0, .5, *after], rtol=1e-5)
+
+  @parameterized.parameters(1., 2., .5)
+  def test_polynomial_schedule(self, power):
+    rates = -self._updates(
+        8, optimizer='sgd', learning_rate=1e-2, epochs=6, warmup_epochs=2.,
+        schedule='polynomial', schedule_power=power,
+        final_learning_rate=1e-5)[:, 0]
+    falling = 1e-5 + (1e-2 - 1e-5) * (1 - np.arange(4) / 4)**power
+    np.testing.assert_allclose(
+        rates, [0, .5e-2, *falling, 1e-5, 1e-5], rtol=1e-4)
+
+  def test_where_schedules_end(self):
+    fields = dict(
+        optimizer='sgd', learning_rate=1., final_learning_rate=.2, epochs=4)
+    falls = {
+        'linear': 1 - .8 * np.arange(5) / 4,
+        'cosine': .2 + .4 * (1 + np.cos(np.pi * np.arange(5) / 4))}
+    for schedule, rates in falls.items():
+      # Feedback with a rate of its own falls by the same factor.
+      np.testing.assert_allclose(
+          -self._updates(
+              5, schedule=schedule, feedback_optimizer='sgd',
+              feedback_learning_rate=10., **fields),
+          np.stack([rates, 10 * rates], 1), rtol=1e-5)
 
 
 class FeedbackTest(parameterized.TestCase):

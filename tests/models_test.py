@@ -25,6 +25,9 @@ def count(model, image):
   return sum(math.prod(p.shape) for p in params), output.shape
 
 
+_MAPS_64 = {'stem': 'cifar', 'widths': (64,) * 4}
+
+
 class SizeTest(parameterized.TestCase):
 
   @parameterized.parameters(
@@ -49,7 +52,14 @@ class SizeTest(parameterized.TestCase):
       ('lenet', {}, 10, (32, 32, 3), 62_006),
       ('launay_cnn', {}, 10, (32, 32, 3), 231_306),
       ('launay_cnn', {'init': 'torch'}, 10, (32, 32, 3), 231_306),
-      ('launay_cnn', {'batch_norm': True}, 10, (32, 32, 3), 231_882))
+      ('launay_cnn', {'batch_norm': True}, 10, (32, 32, 3), 231_882),
+      ('resnet18', _MAPS_64, 10, (32, 32, 3), 607_050),
+      ('resnet18', {**_MAPS_64, 'conv': 'perturbative'}, 10, (32, 32, 3),
+       82_762),
+      ('residual_mlp', {}, 10, (28, 28, 1), 466_698),
+      ('ororbia_cnn', {}, 10, (32, 32, 3), 153_546),
+      ('ororbia_cnn', {'units': 'affine'}, 10, (32, 32, 3), 153_546),
+      ('ororbia_cnn', {'conv': 'perturbative'}, 10, (32, 32, 3), 55_242))
   def test_parameters_and_output(self, name, arguments, classes, image, size):
     model = bpjax.models.get(name)(classes, **arguments)
     got, shape = count(model, image)
@@ -65,7 +75,16 @@ class SizeTest(parameterized.TestCase):
       ('resnet18', {}, ('stage_4/block_0/conv_shortcut', 'readout'), 21),
       ('vgg16', {}, ('conv_1_1', 'conv_5_3', 'dense_2', 'readout'), 16),
       ('lenet', {}, ('conv_1', 'conv_2', 'dense_2', 'readout'), 5),
-      ('launay_cnn', {}, ('conv_1', 'conv_3', 'dense', 'readout'), 5))
+      ('launay_cnn', {}, ('conv_1', 'conv_3', 'dense', 'readout'), 5),
+      ('resnet18', _MAPS_64, ('stage_4/block_0/conv_shortcut',), 21),
+      ('resnet18', {**_MAPS_64, 'conv': 'perturbative'},
+       ('conv_stem', 'stage_1/block_0/conv_0/conv',
+        'stage_2/block_0/conv_shortcut'), 21),
+      ('residual_mlp', {}, ('layer_1', 'layer_5'), 6),
+      ('ororbia_cnn', {}, ('conv_1', 'conv_4'), 5),
+      ('ororbia_cnn', {'conv': 'perturbative'}, ('conv_1', 'conv_4'), 5),
+      ('ororbia_cnn', {'conv': 'perturbative', 'units': 'affine'},
+       ('conv_1', 'conv_4/conv'), 5))
   def test_units(self, name, arguments, units, number):
     net = bpjax.from_linen(bpjax.models.get(name)(10, **arguments))
     jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((2, 32, 32, 3)))
@@ -195,6 +214,72 @@ class LaunayCNNTest(parameterized.TestCase):
       self.assertBetween(float(jnp.abs(bias).max()) * fan_in ** .5, .5, 1)
 
 
+class OrorbiaTest(float64.Float64TestCase):
+
+  @parameterized.parameters(
+      ('resnet18', _MAPS_64, 412_672), ('ororbia_cnn', {}, 98_304))
+  def test_noise(self, name, arguments, size):
+    model = bpjax.models.get(name)(10, conv='perturbative', **arguments)
+    variables = jax.eval_shape(
+        model.init, jax.random.key(0), jnp.zeros((2, 32, 32, 3)))
+    noise = jax.tree.leaves(variables['perturbation'])
+    self.assertEqual(sum(math.prod(n.shape) for n in noise), size)
+
+  @parameterized.parameters((2, (5, 5, 5, 5)), (3, (5, 5, 4, 4, 4)))
+  def test_skips_are_added_before_the_activation(self, gap, widths):
+    model = bpjax.models.residual_mlp(3, widths, gap, 'tanh')
+    x = jax.random.normal(jax.random.key(0), (4, 5), jnp.float64)
+    params = float64.doubles(model.init(jax.random.key(1), x)['params'])
+    z = [np.asarray(x)]
+    for i, width in enumerate(widths, 1):
+      layer = params[f'layer_{i}']['affine']
+      a = z[i - 1] @ np.asarray(layer['kernel']) + np.asarray(layer['bias'])
+      if i % gap == 0 and z[i - gap].shape[1] == width:
+        a = a + z[i - gap]
+      z.append(np.tanh(a))
+    readout = params['readout']
+    np.testing.assert_allclose(
+        model.apply({'params': params}, x),
+        z[-1] @ np.asarray(readout['kernel']) + np.asarray(readout['bias']),
+        atol=1e-12)
+
+  def test_both_kinds_of_units_are_one_network(self):
+    x = jax.random.normal(jax.random.key(0), (2, 4, 4, 3))
+    make = functools.partial(
+        bpjax.models.ororbia_cnn, 10, (3, 4), conv='perturbative')
+    whole, bare = make(), make(units='affine')
+    variables = whole.init(jax.random.key(1), x)
+    inner = {
+        c: {n: part.get('affine', part) for n, part in tree.items()}
+        for c, tree in variables.items()}
+    np.testing.assert_array_equal(
+        whole.apply(variables, x), bare.apply(inner, x))
+
+  @parameterized.product(
+      model=(
+          ('residual_mlp', {'widths': (6, 5, 5)}),
+          ('ororbia_cnn', {'channels': (3, 4)}),
+          ('ororbia_cnn', {'channels': (3, 4), 'conv': 'perturbative'}),
+          ('resnet18', {'stem': 'cifar', 'widths': (2, 3), 'activation': 'elu',
+                        'conv': 'perturbative'})),
+      rule=('backprop', 'feedback_alignment', 'direct_feedback_alignment'))
+  def test_every_parameter_takes_a_step(self, model, rule):
+    name, arguments = model
+    net = bpjax.from_linen(bpjax.models.get(name)(4, **arguments))
+    x = jax.random.normal(jax.random.key(0), (5, 4, 4, 3))
+    y = jnp.arange(5) % 4
+    variables = jax.jit(net.init)(jax.random.key(1), x)
+    rule = bpjax.rules.get(rule)()
+    feedback = rule.init(jax.random.key(2), net, variables, x)
+    (_, aux), (grads, _) = jax.jit(rule.value_and_grad(net, LOSS))(
+        variables, feedback, x, y)
+    self.assertEqual(aux.output.shape, (5, 4))
+    for path, leaf in zip(
+        bpjax.paths.leaf_names(grads), jax.tree.leaves(grads)):
+      self.assertTrue(jnp.isfinite(leaf).all(), path)
+      self.assertGreater(jnp.abs(leaf).max(), 0, path)
+
+
 class ErrorsTest(parameterized.TestCase):
 
   @parameterized.parameters(
@@ -208,7 +293,14 @@ class ErrorsTest(parameterized.TestCase):
       ('lenet', {'pool': 'mean'}, "`pool` must be 'average' or 'max'"),
       ('lenet', {'padding': 'same'}, "`padding` must be 'VALID' or 'SAME'"),
       ('launay_cnn', {'input_dropout': -.1}, '`input_dropout` must be in'),
-      ('launay_cnn', {'init': 'xavier'}, "`init` must be 'he' or 'torch'"))
+      ('launay_cnn', {'init': 'xavier'}, "`init` must be 'he' or 'torch'"),
+      ('resnet18', {'conv': 'pconv'}, "`conv` must be 'conv' or 'perturbative"),
+      ('resnet18', {'widths': (64, 0)}, '`widths` must be made of pos'),
+      ('resnet18', {'perturbation': -1.}, '`perturbation` must be at least 0'),
+      ('residual_mlp', {'gap': 0}, '`gap` must be made of pos'),
+      ('residual_mlp', {'init': 'xavier'}, '`init` must be'),
+      ('ororbia_cnn', {'units': 'block'}, "`units` must be 'affine' or"),
+      ('ororbia_cnn', {'conv': 'pconv'}, '`conv` must be'))
   def test_arguments(self, name, arguments, message):
     with self.assertRaisesRegex(ValueError, message):
       bpjax.models.get(name)(**{'num_classes': 10} | arguments)
@@ -217,6 +309,7 @@ class ErrorsTest(parameterized.TestCase):
       ('vgg16', (2, 28, 28, 1), 'at least 32 x 32 for `vgg16`, got 28 x 28'),
       ('lenet', (2, 8, 8, 1), 'at least 16 x 16'),
       ('launay_cnn', (2, 8, 8, 1), 'at least 15 x 15'),
+      ('ororbia_cnn', (2, 3, 3, 1), 'at least 4 x 4'),
       ('resnet20', (2, 784), r'images \[batch, height, width, channels\]'))
   def test_images(self, name, shape, message):
     model = bpjax.models.get(name)(10)
@@ -225,7 +318,8 @@ class ErrorsTest(parameterized.TestCase):
 
   @parameterized.parameters(
       ('vgg16', 32, {}), ('lenet', 16, {}), ('lenet', 12, {'padding': 'SAME'}),
-      ('launay_cnn', 15, {}), ('resnet20', 1, {}), ('resnet18', 1, {}))
+      ('launay_cnn', 15, {}), ('resnet20', 1, {}), ('resnet18', 1, {}),
+      ('ororbia_cnn', 4, {}), ('resnet18', 1, {'conv': 'perturbative'}))
   def test_the_smallest_image_is_taken(self, name, size, arguments):
     model = bpjax.models.get(name)(10, **arguments)
     self.assertEqual(count(model, (size, size, 1))[1], (2, 10))

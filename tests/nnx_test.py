@@ -132,6 +132,24 @@ def weights_as_feedback(feedback, params):
       lambda name, _: bpjax.paths.subtree(params, name), feedback)
 
 
+class ResidualMlp(nnx.Module):
+  """`bpjax.models.residual_mlp` in NNX, with the names of its units."""
+
+  def __init__(self, rngs, sizes, gap, activation):
+    self.depth, self.gap = len(sizes) - 1, gap
+    for i, (a, b) in enumerate(zip(sizes, sizes[1:]), 1):
+      setattr(self, f'layer_{i}', bpjax.nn.NnxLayer(
+          nnx.Linear(a, b, rngs=rngs), activation))
+    self.readout = nnx.Linear(sizes[-1], 4, rngs=rngs)
+
+  def __call__(self, x):
+    outputs = [x]
+    for i in range(1, self.depth + 1):
+      skip = outputs[i - self.gap] if i % self.gap == 0 else None
+      outputs.append(getattr(self, f'layer_{i}')(outputs[-1], skip))
+    return self.readout(outputs[-1])
+
+
 class ExactnessTest(float64.Float64TestCase):
 
   @parameterized.parameters('mlp', 'conv_batch_norm', 'encoder', 'remat')
@@ -222,6 +240,35 @@ class ExactnessTest(float64.Float64TestCase):
     self.assertEqual(owned.units.infos['layers/1'].kind, 'Linear')
     self.assertEmpty(owned.units.exact)
     self.assertLen(owned.templates, 4)
+
+  @parameterized.parameters(
+      ('direct', 'tanh'), ('chain_in_gap', 'tanh'), ('meta', 'sign'))
+  def test_layers_move_to_the_same_targets_as_in_linen(self, wiring, name):
+    x = jax.random.normal(jax.random.key(7), (5, 6))
+    model = bpjax.models.residual_mlp(4, (6,) * 4, 2, name)
+    linen, variables, x = float64.setup(model, x)
+    net = bpjax.from_nnx(ResidualMlp(
+        nnx.Rngs(0), (6,) * 5, 2, bpjax.activations.get(name)))
+    net.init(jax.random.key(0), x)
+    self.assertEqual(list(net.units), list(linen.units))
+    # No chain passes a skip that the unit below does not own.
+    wires = {f'layer_{i}': 'output' for i in range(1, 5)}
+    wires['layer_3'] = 'layer_4'
+    rule = bpjax.rules.recursive_local_representation_alignment(
+        wires if wiring == 'chain_in_gap' else wiring, beta=2., update='eq6',
+        direct_update='eq6')
+    feedback = float64.doubles(
+        rule.init(jax.random.key(1), linen, variables, x))
+    self.assertEqual(
+        bpjax.paths.leaf_names(feedback), bpjax.paths.leaf_names(
+            rule.init(jax.random.key(1), net, variables, x)))
+    results = [
+        zoo.learn(rule, n)(variables, feedback, x, jnp.arange(5) % 4)
+        for n in (linen, net)]
+    (_, expected), (_, updates) = results
+    self.assert_close(updates, expected, 1e-13)
+    for leaf in jax.tree.leaves(updates[0]):
+      self.assertGreater(jnp.abs(leaf).max(), 0)
 
 
 class NetworkTest(parameterized.TestCase):

@@ -20,7 +20,7 @@ import pytest
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
 _SCRIPTS = (
     'akrout_mnist', 'launay_fig4', 'launay_table2', 'launay_table4',
-    'resnet_cifar')
+    'reclra_table2', 'resnet_cifar')
 # Every row on digits, in a second or two.
 _TRIAL = ('dataset=digits', 'pixel_mean=(0.,)', 'pixel_std=(1.,)')
 
@@ -92,9 +92,14 @@ def _published(name):
       neurons = dict(row.config.bottleneck)['dense_2']
       test = 45. + min(neurons, 100) / 100
       cosines = {'dense_2': .8 * math.sqrt(neurons / 800)}
+    elif name == 'reclra_table2':
+      test = 100 - paper.get('test error, %', 10.)
     else:
       test, cosines = 100 - paper['test error, %'], {'conv': .5}
     runs.append(_made_up(row, test / 100, **cosines))
+    if 'best valid error, %' in paper:
+      best = 1 - paper['best valid error, %'] / 100
+      runs[-1]['validation_accuracy_by_epoch'] = [.1, best, best - .01]
   return experiment, runs
 
 
@@ -239,7 +244,13 @@ class TablesTest(parameterized.TestCase):
       ('launay_fig4', 'code,neurons=191', 'test_accuracy', .3,
        'outside: code,neurons=191 minus code,neurons=800: test accuracy, %'),
       ('resnet_cifar', 'direct_feedback_alignment', 'test_accuracy', .9,
-       'outside: direct_feedback_alignment minus feedback_alignment'))
+       'outside: direct_feedback_alignment minus feedback_alignment'),
+      ('reclra_table2', 'paper,cnn_rlra', 'test_accuracy', .7,
+       'outside: paper,cnn_rlra minus paper,cnn_bp: test error, %: -0.17'),
+      ('reclra_table2', 'paper,presnet_wm', 'validation_accuracy_by_epoch',
+       [.95, .1], 'outside: paper,presnet_wm minus paper,presnet_rlra: best'),
+      ('reclra_table2', 'trial,cresnet_bp', 'test_accuracy', .1,
+       'outside: trial,cresnet_bp: test error, %: 90, must be between 0 and 85'))
   def test_what_does_not_hold_is_said(self, name, row, field, value, line):
     experiment, runs = _published(name)
     run, = [r for r in runs if r['row'] == row]
@@ -258,7 +269,8 @@ class TablesTest(parameterized.TestCase):
     code, printed = self._show(experiment, [
         r for r in runs if 'feedback_alignment' != r['row'] != 'code,neurons=1'
         and not r['row'].endswith(',leaky_steep_norm')
-        and not r['row'].endswith(',no_norm')])
+        and not r['row'].endswith(',no_norm')
+        and not r['row'].endswith(',cnn_rlra')])
     self.assertEqual(code, 1)
     self.assertRegex(printed, 'outside: .* has no finished run')
 

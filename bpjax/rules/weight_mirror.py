@@ -7,6 +7,7 @@ Tweed, NeurIPS 2019 (https://arxiv.org/abs/1904.05391).
 from bpjax import base
 from bpjax import credit
 from bpjax import feedback as feedback_lib
+from bpjax import paths
 from bpjax.activations import get as activation_named
 from bpjax.rules.feedback_alignment import feedback_alignment
 import jax
@@ -97,8 +98,10 @@ def weight_mirror(
   def mirror(unit, params, inputs, key):
     """x^T y / M, each weight's sum divided by the positions that it sees."""
     if not bias:
-      params = jax.tree.map(jnp.zeros_like, params) | (
-          feedback_lib.stands_for(params))
+      params = paths.map_with_name(
+          lambda name, p: (
+              jnp.zeros_like(p) if name.rpartition('/')[2] == 'bias' else p),
+          params)
 
     def correlation(x, y):
       seen = base.Activations(x, y, y)

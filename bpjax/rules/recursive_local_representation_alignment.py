@@ -224,14 +224,15 @@ def recursive_local_representation_alignment(
 
   def backward(unit, params, feedback, activations, signal):
     info = unit.info
-    moved = None
+    moved, read = None, signal.error
+    if port(info) == _OUTPUT:  # Other units' errors are mixed already.
+      read = mixed(read)
     if source_of(info.name, info.outs) is None:
       error = signal.teaching
     else:
       moved = signal.teaching
-      if signal.error is not None:
-        axes = signal.error.ndim - 1
-        moved = jnp.tensordot(signal.error, feedback[_DIRECT], axes)
+      if read is not None:
+        moved = jnp.tensordot(read, feedback[_DIRECT], read.ndim - 1)
       target = unit.activation(
           params, activations.pre - beta * moved, activations.inputs)
       error = activations.out - target
@@ -259,11 +260,10 @@ def recursive_local_representation_alignment(
     if feedback and _DIRECT in feedback:
       learned = {**learned, _DIRECT: jnp.zeros_like(feedback[_DIRECT])}
       if direct_update == 'eq6':
-        learned[_DIRECT] = gamma * jnp.tensordot(
-            signal.error, moved, ((0,), (0,)))
+        learned[_DIRECT] = gamma * jnp.tensordot(read, moved, ((0,), (0,)))
       elif direct_update == 'dx':
         learned[_DIRECT] = gamma * beta * jnp.tensordot(
-            signal.error, _slope(unit, params, activations, beta * moved, error),
+            read, _slope(unit, params, activations, beta * moved, error),
             ((0,), (0,)))
     return base.Credit(
         params=within(updates, signal.divisor), inputs=messages,

@@ -349,6 +349,34 @@ class RunFolderTest(parameterized.TestCase):
     _assert_same(state.model_state, run.programs['init']().model_state)
     assert state.model_state['perturbation']
 
+  def test_particles_are_kept_by_example(self):
+    config = _config(
+        rule='equilibrium_propagation', loss='squared_error', particles=True,
+        epochs=2, optimizer='sgd', learning_rate=.1, pixel_mean=(0.,),
+        pixel_std=(1.,))
+    config.model_args.activation = 'identity'
+    config.rule_args.update({'free_steps': 2, 'readout': 'clip'})
+    _launch(config, self.tmp / 'run')
+    run = _ready(config, self.tmp / 'ready')
+    _, state = _restore(run.like, self.tmp / 'run')
+    rows = state.particles['Dense_0']['call_0']
+    assert rows.shape == (1437, 16)
+    seen = np.any(np.asarray(rows) != 0, axis=1)
+    assert 22 * 64 <= seen.sum() <= 1437  # All but an epoch's remainder.
+    # Each example's free phase began where its last one had ended.
+    before = run.programs['init']()
+    data, _ = run.feed.fetch(0, 0, 1)
+    index = np.asarray(data['order'][0])
+    twice = before
+    for _ in range(2):
+      twice, _ = jax.jit(run.learner.step)(
+          twice, data['image'][index], data['label'][index], jnp.asarray(index))
+    once = jax.tree.leaves(before.particles)[0]
+    assert not np.any(once)
+    _assert_same(
+        np.any(np.asarray(jax.tree.leaves(twice.particles)[0]) != 0, axis=1),
+        np.isin(np.arange(1437), index))
+
   def test_sigmoid_cross_entropy_learns(self):
     _launch(_config(loss='sigmoid_cross_entropy', learning_rate=1e-2), self.tmp)
     assert _summary(self.tmp)['test_accuracy'] > .5
@@ -545,6 +573,9 @@ class RefusedTest(parameterized.TestCase):
       ('pixel_mean', {'pixel_mean': '(.5, .5)'}, 'one for each of the 1'),
       ('pixel_std', {'pixel_std': '(0.,)'}, 'positive ones'),
       ('bottleneck', {'bottleneck': "(('Dense_0', 99),)"}, 'at most its 16'),
+      ('particles', {'particles': 'True'}, 'needs a rule that settles'),
+      ('turns', {'feedback_schedule': 'epochs', 'epochs': '3'},
+       '`epochs` must be even'),
       ('schedule', {'schedule': 'polynom'}, 'did you mean `polynomial`'),
       ('power', {'schedule': 'polynomial', 'schedule_power': '0'},
        '`schedule_power` must be positive'),
@@ -641,6 +672,14 @@ class OptimizerTest(parameterized.TestCase):
             2, optimizer='sgd', learning_rate=.1, feedback_optimizer='momentum',
             feedback_learning_rate=1., momentum=.5),
         [[-.1, -1], [-.1, -1.5]], rtol=1e-6)
+
+  def test_feedback_and_parameters_by_turns(self):
+    # An epoch is one step here; momentum shows that the one that waits stops.
+    np.testing.assert_allclose(
+        self._updates(
+            4, optimizer='momentum', momentum=.5, learning_rate=1., epochs=4,
+            schedule='linear', feedback_schedule='epochs'),
+        [[0, -1], [-1, 0], [0, -.75], [-.75, 0]], rtol=1e-6)
 
   def test_schedule(self):
     fields = dict(optimizer='sgd', learning_rate=1., epochs=6, warmup_epochs=2.)

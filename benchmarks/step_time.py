@@ -63,11 +63,14 @@ _MODELS = {
 }
 # Rules that need layers with their nonlinearity, which ResNet-20 has none of.
 _TARGETS = (
+    'difference_target_propagation', 'equilibrium_propagation',
     'local_representation_alignment',
-    'recursive_local_representation_alignment')
+    'recursive_local_representation_alignment', 'target_propagation')
 # Beside them: 128 noise images a layer, and a forward derivative of all, are
 # minutes a round.
 _NOT_W3 = (*_TARGETS, 'weight_mirror', 'forward_gradient')
+_DRAWS = ('difference_target_propagation', 'equilibrium_propagation',
+          'forward_gradient', 'target_propagation')
 _BIOTORCH = ('fa', 'dfa', 'usf')
 _RULES = {
     'backprop': {},
@@ -82,6 +85,10 @@ _RULES = {
     'local_representation_alignment': {},
     'recursive_local_representation_alignment direct': {},
     'recursive_local_representation_alignment meta': {'wiring': 'meta'},
+    'target_propagation': {},
+    'difference_target_propagation': {},
+    'difference_target_propagation without noise': {'sigma': 0.},
+    'equilibrium_propagation': {},
 }
 
 
@@ -132,14 +139,15 @@ def rule_step(model, x, y, rule):
   def step(carry):
     (params, trained), own, state, key = carry
     now = key
-    if rule.name == 'forward_gradient':
+    if rule.name in _DRAWS:
       key, now = jax.random.split(key)
     (value, aux), (grads, feedback_grads) = learn(
         {'params': params, **own}, trained if free else feedback, x, y, key=now)
     grads = (grads, feedback_grads if free else {})
     updates, state = tx.update(grads, state, (params, trained))
     learned = optax.apply_updates((params, trained), updates)
-    return (learned, dict(aux.model_state), state, key), value
+    own = {c: aux.model_state[c] for c in own}
+    return (learned, own, state, key), value
 
   return step, (learned, own, tx.init(learned), jax.random.key(5))
 

@@ -121,6 +121,11 @@ def recursive_local_representation_alignment(
   if update == 'dx':
     direct_update = update  # Every wire is direct.
 
+  def top_of(unit, order):
+    """The index of the unit at the top of this one's gap."""
+    i = order.index(unit)
+    return min(-(-(i + 1) // gap) * gap, len(order)) - 1
+
   def source_of(unit, outs):
     """The unit whose error teaches `unit`; None for the last unit."""
     order = tuple(outs)
@@ -129,28 +134,29 @@ def recursive_local_representation_alignment(
     if not isinstance(wiring, str):
       source = wiring.get(unit)
       return order[-1] if source == _OUTPUT else source
-    i = order.index(unit)
-    top = min(-(-(i + 1) // gap) * gap, len(order)) - 1  # Of its gap.
+    i, top = order.index(unit), top_of(unit, order)
     return order[{
         'direct': -1, 'chain': i + 1,
         'chain_in_gap': -1 if i == top else i + 1,
         'meta': -1 if i == top else top}[wiring]]
 
-  def is_direct(source, outs):
-    """Whether the wires from a unit are direct, whoever reads whom."""
-    return wiring == 'direct' or update == 'dx' or (
-        wiring in ('chain_in_gap', 'meta') and source == tuple(outs)[-1])
+  def is_direct(unit, outs):
+    """Whether a unit's wire is a matrix of its own, whoever reads the unit."""
+    if wiring in ('chain_in_gap', 'meta'):
+      order = tuple(outs)
+      return update == 'dx' or order.index(unit) == top_of(unit, order)
+    return wiring == 'direct' or update == 'dx'
 
   def is_neighbour(info):
     """Whether the error comes from a unit that reads this one's output."""
-    source = source_of(info.name, info.outs)
-    return source in info.readers and not is_direct(source, info.outs)
+    return (source_of(info.name, info.outs) in info.readers
+            and not is_direct(info.name, info.outs))
 
   def teaches_below(info):
     """Whether the unit that this one reads gets its error from this one."""
     below = info.reads[0] if info.reads else None
     return (below is not None and source_of(below, info.outs) == info.name
-            and not is_direct(info.name, info.outs))
+            and not is_direct(below, info.outs))
 
   def port(info):
     source = source_of(info.name, info.outs)
@@ -186,7 +192,7 @@ def recursive_local_representation_alignment(
             f'{info.pre.shape}, got {info.out.shape}; keep pooling outside.')
       next_one = tuple(outs)[tuple(outs).index(name) + 1]
       if (isinstance(wiring, str) and source == next_one
-          and not is_neighbour(info) and not is_direct(source, outs)
+          and not is_neighbour(info) and not is_direct(name, outs)
           and not (source in units and units[source].kind == base.BOUNDARY)):
         raise ValueError(
             f'a target of unit `{name}` cannot come from `{source}`: between '

@@ -8,7 +8,8 @@ Backpropagation-free deep learning with recursive local representation
 alignment, Ororbia, Mali, Kifer and Giles, AAAI 2023 (an earlier version:
 https://arxiv.org/abs/2002.03911). What follows the first colon is a row of the
 table that `scripts/reclra_table1.py` makes, then 'mnist' or 'fashion_mnist'.
-58,000 examples for training, 2,000 for validation, Adam with a cosine, 30 epochs.
+58,000 examples for training, 2,000 for validation, Adam or AdamW with a cosine,
+30 epochs.
 
 The paper gives neither rates nor initial weights. `CANDIDATES` are what
 `scripts/reclra_search.py` tried for each row, the same number for all, on
@@ -28,15 +29,27 @@ _RATES = (5e-4, 1e-3, 2e-3)
 _RECURSIVE = 'recursive_local_representation_alignment'
 
 
-def _candidate(activation='tanh', learning_rate=1e-3, **rule_args):
-  return {'activation': activation, 'learning_rate': learning_rate,
-          'rule_args': rule_args}
+def _candidate(
+    activation='tanh', learning_rate=1e-3, weight_decay=0., **rule_args):
+  return {
+      'activation': activation, 'learning_rate': learning_rate,
+      'weight_decay': weight_decay, 'rule_args': rule_args}
 
 
 def _activations_and_rates(**rule_args):
   return tuple(
       _candidate(activation, rate, **rule_args)
       for activation in ('tanh', 'relu') for rate in _RATES)
+
+
+def _recursive(activation):
+  """Depth 2 and depth 1, with and without a decay of W and of learned E."""
+  return tuple(
+      _candidate(activation, rate, decay, wiring=wiring, beta=beta)
+      for wiring, beta, rate, decay in (
+          ('chain_in_gap', .1, 1e-3, 0.), ('chain_in_gap', .1, 1e-3, .3),
+          ('chain_in_gap', .1, 1e-3, 1.), ('chain_in_gap', .1, 5e-4, .3),
+          ('direct', .02, 1e-3, .3), ('direct', .02, 1e-3, 1.)))
 
 
 # Row -> the rule, and six settings of it.
@@ -55,18 +68,20 @@ CANDIDATES = {
     'direct_feedback_alignment': (
         'direct_feedback_alignment', _activations_and_rates()),
     'weight_mirror': ('weight_mirror', _activations_and_rates()),
-    **{f'recursive_{activation}': (_RECURSIVE, (
-        *(_candidate(activation, rate, wiring='direct', beta=beta)
-          for beta in (.02, .1) for rate in (5e-4, 1e-3)),
-        *(_candidate(activation, rate, wiring='chain_in_gap', beta=.1)
-          for rate in (5e-4, 1e-3)))) for activation in (
-              'tanh', 'relu', 'elu', 'sign')},
+    **{f'recursive_{activation}': (_RECURSIVE, _recursive(activation))
+       for activation in ('tanh', 'relu', 'elu')},
+    # A chain of signs did not train at all: depth 1 alone.
+    'recursive_sign': (_RECURSIVE, tuple(
+        _candidate('sign', rate, decay, wiring='direct', beta=beta)
+        for rate, decay, beta in (
+            (1e-4, 0., .3), (3e-4, 0., .1), (3e-4, 0., .3), (3e-4, 0., 1.),
+            (3e-4, 1., .1), (1e-3, 1., .1)))),
 }
 # Row -> index of its best candidate; results/reclra_search.json.
 CHOSEN = {
     'backprop': 1, 'difference_target_propagation': 5,
     'equilibrium_propagation': 3, 'lra': 3, 'feedback_alignment': 1,
-    'direct_feedback_alignment': 1, 'weight_mirror': 0, 'recursive_tanh': 0,
+    'direct_feedback_alignment': 1, 'weight_mirror': 2, 'recursive_tanh': 0,
     'recursive_relu': 0, 'recursive_elu': 0, 'recursive_sign': 0}
 
 
@@ -90,8 +105,9 @@ def get_config(what: str = 'recursive_tanh:mnist'):
       'units': 'layer'}
   config.epochs = 30
   config.batch_size = 128
-  config.optimizer = 'adam'
+  config.optimizer = 'adamw' if setting['weight_decay'] else 'adam'
   config.learning_rate = setting['learning_rate']
+  config.weight_decay = setting['weight_decay']
   config.schedule = 'cosine'
   if row == 'equilibrium_propagation':
     config.model_args.update({'widths': (500,), 'units': 'affine'})

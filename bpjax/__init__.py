@@ -1,5 +1,6 @@
 """bpjax: learning rules that replace backprop, for any Flax model."""
 
+from bpjax import local_losses
 from bpjax import losses
 from bpjax import models
 from bpjax import nn
@@ -17,6 +18,7 @@ from bpjax.base import Unit
 from bpjax.base import UnitInfo
 from bpjax.bottleneck import bottleneck
 from bpjax.linen import from_linen
+from bpjax.local import local
 from bpjax.nnx import from_nnx
 
 __version__ = '0.1.0'

@@ -53,7 +53,7 @@ def alignment(
   """
 
   def measure(variables, feedback, x, y, key=None):
-    units = net.survey(variables, x).units.infos
+    units = rule.infos(net, variables, x)
     params = variables['params']
     updates, signals = rule.signals(net, loss, variables, feedback, x, y, key)
     gradients, exact = backprop().signals(net, loss, variables, {}, x, y, key)

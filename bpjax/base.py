@@ -15,7 +15,8 @@ Loss = Callable[[Any, Any], Array]
 
 # What the engines keep in Flax collections beside the model's own.
 BOUNDARY = 'Boundary'  # The kind, and in lower case the name, of a boundary.
-COLLECTIONS = ('feedback', 'ports', 'noise', 'probes', 'taps', 'particles')
+COLLECTIONS = (
+    'feedback', 'ports', 'noise', 'probes', 'taps', 'particles', 'blocks')
 # Collections of models that never change, so that a unit may hold them: they
 # are inputs of the unit behind those of its call.
 CONSTANTS = ('perturbation',)
@@ -115,6 +116,8 @@ class UnitInfo:
       but a reshape, pooling, a mask (dropout) or a constant factor; or None.
     readers: the units whose first input is this unit's output, in that sense.
     outs: shape and dtype of every unit's output, in the order of the calls.
+    block: the block whose loss teaches the unit first, under `bpjax.local`;
+      'output' where that is the model's own.
   """
   name: str
   kind: str
@@ -134,6 +137,7 @@ class UnitInfo:
   readers: tuple[str, ...] = ()
   outs: Mapping[str, jax.ShapeDtypeStruct] = dataclasses.field(
       default_factory=dict)
+  block: str = 'output'
 
 
 class Delta(NamedTuple):

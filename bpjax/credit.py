@@ -102,7 +102,7 @@ class Rule:
           'zero everywhere (sign, round, a comparison); use a smooth '
           'activation or a straight-through one, '
           '`x + jax.lax.stop_gradient(jnp.sign(x) - x)`.')
-    infos = self.infos(survey.units.infos)
+    infos = self._told(survey.units.infos)
     for rule, units in self._members(infos).values():
       rule.check_units(units)
     for name, info in infos.items():
@@ -110,7 +110,7 @@ class Rule:
       checks.check_unit(name, info, label, rule, survey)
     self._sources(survey)
 
-  def infos(
+  def _told(
       self, units: Mapping[str, base.UnitInfo]) -> Mapping[str, base.UnitInfo]:
     """What each unit's rule is told of it.
 
@@ -120,12 +120,15 @@ class Rule:
     labels = {name: self.rule_for(name)[0] for name in units}
     if len(set(labels.values())) < 2:
       return units
-    outs = {label: {
-        name: info.out for name, info in units.items()
-        if labels[name] == label or info.is_output}
-            for label in labels.values()}
+
+    def outs(label, block):
+      return {
+          name: info.out for name, info in units.items()
+          if info.block == block and (
+              labels[name] == label or info.is_output)}
+
     return {
-        name: dataclasses.replace(info, outs=outs[labels[name]])
+        name: dataclasses.replace(info, outs=outs(labels[name], info.block))
         for name, info in units.items()}
 
   def init(
@@ -148,7 +151,7 @@ class Rule:
     """
     survey = net.survey(variables, x)
     self.check(survey)
-    infos = self.infos(survey.units.infos)
+    infos = self._told(survey.units.infos)
 
     def visit(call):
       info = infos[call.name]
@@ -175,7 +178,7 @@ class Rule:
     """Unit -> the unit whose error its port reads; and how deep they hang."""
     ports = {
         name: self.rule_for(name)[1].port(info)
-        for name, info in self.infos(survey.units.infos).items()}
+        for name, info in self._told(survey.units.infos).items()}
     sources = {n: p for n, p in ports.items() if p not in (None, 'output')}
     checks.check_sources(sources, survey)
     depths = {}
@@ -296,8 +299,11 @@ class Rule:
 
   def differentiate(
       self, net, loss, variables, feedback, x, y, key, probes=None,
-      reduction='mean'):
+      reduction='mean', settle=None):
     """The engine: one forward pass, one pull.
+
+    `settle(output)` gives the losses, the error of the output, and a function
+    from a unit to the error for its port; that of `loss` where it is left out.
 
     Returns:
       value, aux, the summed updates of (params, feedback, probes), and the
@@ -316,7 +322,7 @@ class Rule:
         f'{name}/tap_0': zeros_like_output(survey.units[name].info.out)
         for name in sources.values()})
     visit = functools.partial(
-        self._visit, infos=self.infos(survey.units.infos), shared=shared,
+        self._visit, infos=self._told(survey.units.infos), shared=shared,
         divisor=lambda unit: reduction_lib.divisor(reduction, unit, count))
 
     def forward(params, feedback, probes, taps):
@@ -334,14 +340,14 @@ class Rule:
 
     (output, ports), pull, state = jax.vjp(
         forward, params, feedback, probes, taps, has_aux=True)
-    losses, pull_loss = jax.vjp(lambda o: loss(o, y), output)
-    reduction_lib.check_losses(losses, output)
-    error, = pull_loss(jnp.ones_like(losses))
+    losses, error, error_of = (settle or functools.partial(
+        _settle, loss, y))(output)
 
     def seed(name, port):
-      source = sources.get(name.rpartition('/')[0])
+      unit = name.rpartition('/')[0]
+      source = sources.get(unit)
       if source is None:
-        return _to_port(error, port)
+        return _to_port(error_of(unit), port)
       return paths.subtree(errors, source)['tap_0']
 
     # One pull a level of the wiring: it brings the errors of the units that
@@ -356,7 +362,12 @@ class Rule:
         tuple(grads), (params, feedback, probes))
     return jnp.mean(losses), base.Aux(output, state), grads, count
 
-  def signals(self, net, loss, variables, feedback, x, y, key):
+  def infos(self, net, variables, x):
+    """Unit -> what the rule knows of it before any data."""
+    return net.survey(variables, x).units.infos
+
+  def signals(
+      self, net, loss, variables, feedback, x, y, key, settle=None):
     """The updates, and what arrives at every unit's output.
 
     Returns:
@@ -379,13 +390,13 @@ class Rule:
     probes = jax.tree.map(
         zeros_like_output, jax.eval_shape(trace, dict(variables), x))
     _, _, (grads, _, signals), count = self.differentiate(
-        net, loss, variables, feedback, x, y, key, probes)
+        net, loss, variables, feedback, x, y, key, probes, settle=settle)
     return jax.tree.map(lambda g: g / count, grads), signals
 
   def weight_targets(self, units, params, feedback):
     """Unit -> the weights that its own should align with."""
     members = {}
-    units = self.infos(units)
+    units = self._told(units)
     for name in units:
       label, rule = self.rule_for(name)
       part = paths.subtree(feedback, name)
@@ -445,7 +456,7 @@ class Rule:
     def apply(variables, feedback, x, *, key=None, mutable=False):
       survey = net.survey(variables, x)
       self.check(survey)
-      infos = self.infos(survey.units.infos)
+      infos = self._told(survey.units.infos)
       for name, info in infos.items():
         label, rule = self.rule_for(name)
         if rule.port(info):
@@ -464,6 +475,13 @@ class Rule:
       return output, {c: state_out[c] for c in state}
 
     return apply
+
+
+def _settle(loss, y, output):
+  losses, pull = jax.vjp(lambda o: loss(o, y), output)
+  reduction_lib.check_losses(losses, output)
+  error, = pull(jnp.ones_like(losses))
+  return losses, error, lambda unit: error
 
 
 def split(key: base.Key | None) -> tuple[base.Key | None, base.Key | None]:

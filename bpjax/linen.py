@@ -100,8 +100,8 @@ class Network(survey_lib.Network):
     unit_lib.check_gain_transport(norm_gain_transport)
     self._transports_gain = norm_gain_transport == 'exact'
     self.model = model
-    chosen = is_unit or (lambda module: False)
-    self._is_unit = lambda m: isinstance(m, bpjax_nn.Layer) or chosen(m)
+    self._chosen = is_unit or (lambda module: False)
+    self._is_unit = lambda m: isinstance(m, bpjax_nn.Layer) or self._chosen(m)
     self._train_args = train_args
     self._eval_args = eval_args
     self._rngs = rngs
@@ -136,6 +136,7 @@ class Network(survey_lib.Network):
       mutable: Sequence[str],
       owners: bool = False,
       watch: Callable[[str], None] | None = None,
+      cuts: Any = None,
       train: bool = True,
   ) -> tuple[Any, dict[str, Any]]:
     """Runs the model in training mode; `visit` answers for every unit's call.
@@ -147,9 +148,14 @@ class Network(survey_lib.Network):
       key: for the model's random streams and the rule's, or None.
       mutable: the collections to return.
       owners: visit every leaf module that owns parameters, norms included,
-        instead of the units.
+        instead of the units; but a module that `is_unit` chose as a whole.
       watch: is told the name of every module that normalises over the batch.
       train: False for evaluation mode.
+      cuts: where gradients stop: `cuts.enter(path)` says whether what a module
+        reads is detached, and `cuts.leave(path, module)` whether what it puts
+        out is; None for a module that is no block. What blocks put out is kept
+        as `output` in the collection `blocks`; `cuts.kept(path)` says when, and
+        `cuts.onward(path, out)` is what goes on in place of what is detached.
 
     Returns:
       The model's output, and the mutable collections.
@@ -162,8 +168,8 @@ class Network(survey_lib.Network):
     # another interceptor, or none, has seen.
     fresh = f'_bpjax_{next(_TRACE_IDS)}'
     interceptor = _Interceptor(
-        self._is_unit, self.boundaries, visit, owners, watch,
-        self._transports_gain)
+        self._chosen if owners else self._is_unit, self.boundaries, visit,
+        owners, watch, self._transports_gain, cuts)
     arguments = self._train_args if train else self._eval_args
     try:
       with nn.intercept_methods(interceptor):
@@ -182,8 +188,9 @@ class _Interceptor:
   """Hands the calls of units to `visit`, and passes all others on."""
 
   def __init__(
-      self, is_unit, boundaries, visit, owners, watch, transports_gain):
+      self, is_unit, boundaries, visit, owners, watch, transports_gain, cuts):
     self._transports_gain = transports_gain
+    self._cuts = cuts
     self._is_unit = is_unit
     self._boundaries = boundaries
     self._visit = visit
@@ -197,14 +204,29 @@ class _Interceptor:
     if (self._suspended or context.method_name != '__call__'
         or module.scope is None or module.is_initializing()):
       return next_fun(*args, **kwargs)
+    if self._cuts is None:
+      return self._called(next_fun, args, kwargs, module)
+    name = '/'.join(module.scope.path)
+    if self._cuts.enter(name):
+      args, kwargs = unit_lib.detached((args, kwargs))
+    out = self._called(next_fun, args, kwargs, module)
+    stops = self._cuts.leave(name, module)
+    if stops is None:
+      return out
+    before = module.variables.get('blocks', {}).get('output')
+    lists = module.scope.is_mutable_collection('blocks')
+    unit_lib.check_block(name, out, before, lists)
+    module.put_variable('blocks', 'output', out)
+    self._cuts.kept(name)
+    return self._cuts.onward(name, out) if stops else out
+
+  def _called(self, next_fun, args, kwargs, module):
+    """What one module puts out, under the engine."""
     if (self._watch is not None and isinstance(module, nn.BatchNorm)
         and unit_lib.uses_the_batch(module, args, kwargs)):
       self._watch('/'.join(module.scope.path))
-    if self._owners:
-      chosen = _is_owner(module)
-    else:
-      chosen = isinstance(module, _AFFINE) or self._is_unit(module)
-    if chosen:
+    plain = _is_owner(module) if self._owners else isinstance(module, _AFFINE)
+    if plain or self._is_unit(module):
       return self._visit(Call(
           module, next_fun, args, kwargs, self._index(module), self._suspend,
           self._owners))

@@ -56,8 +56,13 @@ class Particle(nnx.Variable):
   """The state of a unit that settles."""
 
 
+class BlockOutput(nnx.Variable):
+  """What a block of `bpjax.local` has put out."""
+
+
 _KEPT = dict(zip(
-    base.COLLECTIONS, (Feedback, Port, Noise, Probe, Tap, Particle),
+    base.COLLECTIONS,
+    (Feedback, Port, Noise, Probe, Tap, Particle, BlockOutput),
     strict=True))
 
 
@@ -153,6 +158,9 @@ class Network(survey_lib.Network):
       own = [p[depth:] for p in params if p[:depth] == _split(name)]
       if own and all(len(rest) == 1 for rest in own):
         self._owners.add(name)
+    whole = [n for n, t in self.templates.items() if t.owns_activation]
+    self._owners = {*whole, *(
+        n for n in self._owners if not any(_inside(n, w) for w in whole))}
     self._bounded = [
         name for name in _modules(module)
         if not any(name == t or _inside(name, t) for t in self.templates)
@@ -264,6 +272,7 @@ class Network(survey_lib.Network):
       mutable: Sequence[str],
       owners: bool = False,
       watch: Callable[[str], None] | None = None,
+      cuts: Any = None,
       train: bool = True,
   ) -> tuple[Any, dict[str, Any]]:
     """Runs the module in training mode; `visit` answers for every unit's call.
@@ -275,9 +284,10 @@ class Network(survey_lib.Network):
       key: for the module's random streams and the rule's, or None.
       mutable: the collections to return.
       owners: visit every leaf module that owns parameters, norms included,
-        instead of the units.
+        instead of the units; but a module that `is_unit` chose as a whole.
       watch: is told the name of every module that normalises over the batch.
       train: False for evaluation mode.
+      cuts: where gradients stop, as for a linen network.
 
     Returns:
       The module's output, and the mutable collections.
@@ -297,14 +307,15 @@ class Network(survey_lib.Network):
           setattr(modules[name], _slot(collection), _KEPT[collection](part))
     watched = {
         n: modules[n] for n in own if n in chosen or n in self._bounded
-        or isinstance(modules[n], _NORMS)}
-    run = _Run(self, visit, rule_key, chosen, owners, watch)
+        or isinstance(modules[n], _NORMS) or _is_cut(cuts, n, modules[n])}
+    run = _Run(self, visit, rule_key, chosen, owners, watch, cuts)
     with contextlib.ExitStack() as stack:
       stack.enter_context(_watching(watched, run))
       if key is None:
         stack.enter_context(_watching(_streams(module), _NoKey()))
       output = module(*unit_lib.as_inputs(x))
-    kept = _gather(modules, chosen, run.written)
+    names = dict.fromkeys([*chosen, *(n for _, n in run.written)])
+    kept = _gather(modules, names, run.written)
     state = self.from_state(_without_kept(module, self._collections))
     return output, {c: {**state, **kept}.get(c, {}) for c in mutable}
 
@@ -340,8 +351,9 @@ class Network(survey_lib.Network):
 class _Run:
   """Hands the calls of units to `visit`, and passes all others on."""
 
-  def __init__(self, net, visit, key, chosen, owners, watch):
+  def __init__(self, net, visit, key, chosen, owners, watch, cuts):
     self.net = net
+    self._cuts = cuts
     self.rule_key = key
     self.owners = owners
     self.written = set()
@@ -355,6 +367,24 @@ class _Run:
     name = module.bpjax_name
     if self._suspended:
       return original(*args, **kwargs)
+    if self._cuts is None:
+      return self._called(module, original, args, kwargs)
+    if self._cuts.enter(name):
+      args, kwargs = unit_lib.detached((args, kwargs))
+    out = self._called(module, original, args, kwargs)
+    stops = self._cuts.leave(name, module)
+    if stops is None:
+      return out
+    kept = getattr(module, _slot('blocks'), None)
+    unit_lib.check_block(name, out, kept, True)
+    setattr(module, _slot('blocks'), BlockOutput({'output': out}))
+    self.written.add(('blocks', name))
+    self._cuts.kept(name)
+    return self._cuts.onward(name, out) if stops else out
+
+  def _called(self, module, original, args, kwargs):
+    """What one module puts out, under the engine."""
+    name = module.bpjax_name
     if (self._watch is not None and isinstance(module, nnx.BatchNorm)
         and unit_lib.uses_the_batch(module, args, kwargs)):
       self._watch(name)
@@ -599,6 +629,11 @@ def _modules(module):
 def _streams(module):
   return {_name(path): node for path, node in nnx.iter_graph(module, graph=True)
           if isinstance(node, nnx.RngStream)}
+
+
+def _is_cut(cuts, name, module):
+  return cuts is not None and (
+      cuts.enter(name) or cuts.leave(name, module) is not None)
 
 
 def _check_shared(module):

@@ -37,6 +37,9 @@ class Rule:
     samples: how many directions each update averages over.
     exact_readout: whether the output unit keeps its own exact gradient.
     mask: which neurons learn (`bpjax.bottleneck`), or None for all.
+    orthogonal: whether the samples' directions are at right angles.
+    epsilon: the step of finite differences; 0: exact derivatives.
+    antithetic: whether these are taken to both sides.
   """
   name: str
   backward: Callable[..., base.Credit]
@@ -45,6 +48,9 @@ class Rule:
   samples: int
   exact_readout: bool
   mask: Any = None
+  orthogonal: bool = False
+  epsilon: float = 0.
+  antithetic: bool = False
 
   def init(self, key, net, variables, x) -> dict[str, Any]:
     """The rule's feedback: none, {}. Checks that it can train the network."""
@@ -55,12 +61,12 @@ class Rule:
   def check(self, survey: Any) -> None:
     """Raises a ValueError for a network that the rule cannot train."""
     checks.check_visible(survey)
-    for unit in survey.blocked:
+    for unit in () if self.epsilon else survey.blocked:
       raise ValueError(
           f'a perturbation of unit `{unit}` cannot change the loss under '
           f'`{self.name}`: an activation between it and the output has a '
           'derivative that is zero everywhere (sign, round, a comparison); use '
-          'a smooth activation.')
+          'a smooth activation, or finite differences, `epsilon=1e-3`.')
     checks.check_lists(survey, 'noise', f'rule `{self.name}`')
     if self.mask is not None:
       self.mask.check(survey.units)
@@ -104,17 +110,22 @@ class Rule:
 
     def learn(variables, feedback, x, y, key=None):
       value, aux, grads, count, _ = self.differentiate(
-          net, loss, variables, x, y, key)
+          net, variables, x, key, Whole(loss, y))
       grads, = reduction_lib.apply(reduction, (grads,), count)
       return (value, aux), (grads, jax.tree.map(jnp.zeros_like, feedback))
 
     return learn
 
-  def signals(self, net, loss, variables, feedback, x, y, key):
+  def infos(self, net, variables, x):
+    """Unit -> what the rule knows of it before any data."""
+    return net.survey(variables, x).units.infos
+
+  def signals(
+      self, net, loss, variables, feedback, x, y, key, judge=None):
     """As `bpjax.credit.Rule.signals`; a readout that is exact has none."""
     del feedback
     _, _, grads, count, signals = self.differentiate(
-        net, loss, variables, x, y, key)
+        net, variables, x, key, judge or Whole(loss, y))
     return jax.tree.map(lambda g: g / count, grads), signals
 
   def weight_targets(self, units, params, feedback):
@@ -122,8 +133,15 @@ class Rule:
     del units, params, feedback
     return {}
 
-  def differentiate(self, net, loss, variables, x, y, key):
+  def differentiate(self, net, variables, x, key, judge):
     """The engine: one linearised forward pass, `samples` directions.
+
+    Args:
+      net: the network.
+      variables: its variables.
+      x: its input.
+      key: a random key.
+      judge: what counts as a change, and for which module; such as `Whole`.
 
     Returns:
       value, aux, the summed updates, the number of losses, and the teaching
@@ -137,55 +155,122 @@ class Rule:
     survey = net.survey(variables, x)
     self.check(survey)
     model_key, direction_key = credit.split(key)
-    plan = _Plan(self, net, survey, variables, x, model_key)
+    plan = Plan(self, net, survey, variables, x, model_key)
     params = variables['params']
 
-    def forward(params, noise):
-      output, outputs, state = plan.run(params, noise)
-      losses = loss(output, y)
-      reduction_lib.check_losses(losses, output)
-      return (losses, outputs), (output, state)
+    def forward(params, noise, net=net):
+      output, outputs, state = plan.run(params, noise, net)
+      return (judge.measure(output), outputs), (output, state)
 
     def perturbed_forward(noise, perturbed):
       # Reverse derivatives, cut off at the barriers, see each module's own
       # parameters; forward ones see the noise and the perturbed parameters.
-      (losses, _), pull, aux = jax.vjp(
+      (measured, _), pull, aux = jax.vjp(
           lambda p: forward({**p, **perturbed}, noise), plan.flat(params),
           has_aux=True)
-      return losses, (losses, pull, aux)
+      return measured, (measured, pull, aux)
 
-    losses, push, (_, pull, (output, state)) = jax.linearize(
-        perturbed_forward, plan.noise, plan.perturbed, has_aux=True)
+    if self.epsilon:
+      measured, (_, pull, aux) = perturbed_forward(plan.noise, plan.perturbed)
+      still = judge.held(net, measured)
+      moved = lambda n, p: forward(
+          {**plan.flat(params), **p}, n, still)[0][0]
+      push = self._differences(moved, measured, plan, judge)
+    else:
+      measured, push, (_, pull, aux) = jax.linearize(
+          perturbed_forward, plan.noise, plan.perturbed, has_aux=True)
+    losses, error = judge.settle(measured)
+    change = push if self.epsilon else lambda u, v: judge.locate(push(u, v))
 
-    def sample(key):
-      u, v = plan.draw(key)
-      change = push(u, v)
-      change = jnp.sum(change.reshape(change.shape[0], -1), axis=1)
-      teaching = plan.teaching(u, change)
-      grads, = pull((jnp.zeros_like(losses), teaching))
-      total = jnp.sum(change)
-      return {
-          **grads, **{k: total.astype(t.dtype) * t for k, t in v.items()}
-      }, teaching
+    def sample(directions):
+      u, v = directions
+      teaching, grads = judge.teach(plan, u, v, change(u, v))
+      pulled, = pull((jax.tree.map(jnp.zeros_like, measured), teaching))
+      return {**pulled, **grads}, teaching
 
+    directions = plan.draw(direction_key, judge)
     if self.samples == 1:
-      grads, teaching = sample(direction_key)
+      grads, teaching = sample(directions)
     else:
       grads, teaching = jax.tree.map(
-          lambda g: jnp.mean(g, axis=0),
-          jax.vmap(sample)(jax.random.split(direction_key, self.samples)))
+          lambda g: jnp.mean(g, axis=0), jax.vmap(sample)(directions))
     if self.exact_readout:
       nothing = jax.tree.map(jnp.zeros_like, plan.noise)
-      exact, = pull((jnp.ones_like(losses), nothing))
+      exact, = pull((error, nothing))
       exact = plan.masked(exact)
       grads = {k: exact[k] if plan.is_readout(k) else g
                for k, g in grads.items()}
     grads = jax.tree.unflatten(
         jax.tree.structure(params), [grads[k] for k in plan.names])
-    return jnp.mean(losses), base.Aux(output, state), grads, losses.size, teaching
+    return jnp.mean(losses), base.Aux(*aux), grads, losses.size, teaching
+
+  def _differences(self, function, here, plan, judge):
+    """In place of a derivative: (u, v) -> the losses' change for a step of 1."""
+
+    def moved(u, v, step):
+      add = lambda a, b: a + jnp.asarray(step, a.dtype) * b.astype(a.dtype)
+      return judge.compare(here, function(
+          jax.tree.map(add, plan.noise, u),
+          jax.tree.map(add, plan.perturbed, v)))
+
+    def push(u, v):
+      there, width = moved(u, v, self.epsilon), self.epsilon
+      if self.antithetic:
+        back, width = moved(u, v, -self.epsilon), 2 * width
+      else:
+        back = judge.compare(here, here)
+      return jax.tree.map(lambda a, b: (a - b) / width, there, back)
+
+    return push
 
 
-class _Plan:
+class Whole:
+  """The loss of the model's output: how much each example's changes.
+
+  Another judge has the same methods (`bpjax.local`).
+  """
+
+  def __init__(self, loss, y):
+    self._loss, self._y = loss, y
+
+  def measure(self, output: Any) -> Any:
+    """What is differentiated: here the losses."""
+    losses = self._loss(output, self._y)
+    reduction_lib.check_losses(losses, output)
+    return losses
+
+  def settle(self, measured: Any) -> tuple[base.Array, Any]:
+    """The losses of the output, and the error of what is measured."""
+    return measured, jnp.ones_like(measured)
+
+  def locate(self, change: Any) -> Any:
+    """The losses' change, from the derivative of what is measured."""
+    return change
+
+  def held(self, net: Any, measured: Any) -> Any:
+    """The network that differences are taken of: no stop inside, so the same."""
+    del measured
+    return net
+
+  def compare(self, here: Any, there: Any) -> Any:
+    """The losses at another place than the one measured."""
+    del here
+    return there
+
+  def teach(self, plan: Plan, u: Any, v: Any, change: Any) -> tuple[Any, Any]:
+    """The perturbation of each module times its change, and that of weights."""
+    change = jnp.sum(change.reshape(change.shape[0], -1), axis=1)
+    total = jnp.sum(change)
+    return plan.teaching(u, change), {
+        k: total.astype(t.dtype) * t for k, t in v.items()}
+
+  def group(self, plan: Plan, kind: str, name: str) -> Any:
+    """What is the same for directions that one loss hears of together."""
+    del plan, name
+    return kind
+
+
+class Plan:
   """Which module and which parameter is perturbed, for one shape of input.
 
   `noise` holds a zero for each perturbed output, in a Flax collection: each
@@ -196,7 +281,7 @@ class _Plan:
   def __init__(self, rule, net, survey, variables, x, key):
     self._rule, self._net, self._x, self._key = rule, net, x, key
     self._state = {c: v for c, v in variables.items() if c != 'params'}
-    self._params = variables['params']
+    self.params = variables['params']
     self._units = tuple(survey.units)
     self._readout = next(
         (n for n, i in survey.units.infos.items() if i.is_output), None)
@@ -211,23 +296,22 @@ class _Plan:
             (i for i, sizes in enumerate(zip(a.shape, b.shape))
              if sizes == (batch, batch + 1)), -1), shapes, larger)
     self.noise = jax.tree.map(credit.zeros_like_output, shapes)
-    self.names = paths.leaf_names(self._params)
+    self.names = paths.leaf_names(self.params)
     # What no perturbed output can teach is perturbed itself.
     self.perturbed = {
-        k: p for k, p in self.flat(self._params).items()
+        k: p for k, p in self.flat(self.params).items()
         if not self.is_readout(k) and (
             rule.perturb == 'weight'
-            or k.rpartition('/')[0] not in self._owners)}
+            or not any(_inside(k, owner) for owner in self._owners))}
 
   def flat(self, params):
     return dict(zip(self.names, jax.tree.leaves(params)))
 
   def is_readout(self, name):
-    return self._rule.exact_readout and self._readout is not None and (
-        self._readout == '' or name == self._readout
-        or name.startswith(self._readout + '/'))
+    return (self._rule.exact_readout and self._readout is not None
+            and _inside(name, self._readout))
 
-  def run(self, params, noise):
+  def run(self, params, noise, net=None):
     """The model's output, each perturbed output, and the model's state."""
 
     def visit(call):
@@ -241,20 +325,54 @@ class _Plan:
       return _barrier(out) + zero
 
     params = jax.tree.unflatten(
-        jax.tree.structure(self._params), [params[k] for k in self.names])
-    output, collections = self._net.run(
+        jax.tree.structure(self.params), [params[k] for k in self.names])
+    output, collections = (net or self._net).run(
         {'params': params, 'noise': noise, **self._state}, self._x, visit,
         self._key, [*self._state, 'noise'], owners=True)
     state = {c: collections[c] for c in self._state}
     return output, collections.get('noise', {}), state
 
-  def draw(self, key):
-    """Tangents for the noise and for the perturbed parameters."""
+  def draw(self, key, judge):
+    """Tangents for the noise and the perturbed parameters.
+
+    More samples than one are on a new first axis.
+    """
+    if self._rule.orthogonal:
+      return self._draw_orthogonal(key, judge)
+    if self._rule.samples == 1:
+      return self._draw_one(key)
+    return jax.vmap(self._draw_one)(
+        jax.random.split(key, self._rule.samples))
+
+  def _draw_one(self, key):
     leaves, structure = jax.tree.flatten((self.noise, self.perturbed))
     keys = jax.random.split(key, max(len(leaves), 1))
     u, v = jax.tree.unflatten(structure, [
         self._rule.directions(k, leaf) for k, leaf in zip(keys, leaves)])
     return self.masked(u), self.masked(v)
+
+  def _draw_orthogonal(self, key, judge):
+    """Directions at right angles, example by example and loss by loss."""
+    tree = (self.noise, self.perturbed)
+    drawn = jax.vmap(self._draw_one)(
+        jax.random.split(key, self._rule.samples))
+    names = paths.leaf_names(tree)
+    axes = [*jax.tree.leaves(self._batch_axes), *[-1] * len(self.perturbed)]
+    groups = {}
+    for i, (name, axis) in enumerate(zip(names, axes)):
+      place, _, name = name.partition('/')
+      kind = 'weight' if place == '1' else 'shared' if axis < 0 else 'example'
+      group = (kind, judge.group(self, kind, name))
+      groups.setdefault(group, []).append(i)
+    leaves = jax.tree.leaves(drawn)
+    for (kind, _), members in groups.items():
+      own = [(leaves[i], axes[i] if kind == 'example' else None)
+             for i in members]
+      for i, leaf in zip(members, _orthogonal(own)):
+        leaves[i] = leaf
+    drawn = jax.tree.unflatten(jax.tree.structure(tree), leaves)
+    return drawn if self._rule.samples > 1 else jax.tree.map(
+        lambda leaf: leaf[0], drawn)
 
   def masked(self, tree):
     """`tree`, named by units, with 0 for the neurons that do not learn."""
@@ -296,7 +414,43 @@ class _Plan:
           {'params': params, **state}, x, visit, key, [*state, 'noise'],
           owners=True)[1].get('noise', {})
 
-    return jax.eval_shape(trace, self._params, self._state, x, self._key)
+    return jax.eval_shape(trace, self.params, self._state, x, self._key)
+
+
+def _inside(name, module):
+  return module == '' or name == module or name.startswith(module + '/')
+
+
+def _orthogonal(leaves):
+  """Samples at right angles, of length sqrt(dimension): E[u u^T] stays 1.
+
+  `leaves` are pairs of an array [samples, ...] and the axis of examples that it
+  has after the first, or None; all together are one direction.
+  """
+  rows = [
+      leaf.reshape(len(leaf), 1, -1) if axis is None else
+      jnp.moveaxis(leaf, axis + 1, 1).reshape(len(leaf), leaf.shape[axis + 1], -1)
+      for leaf, axis in leaves]
+  joined = jnp.moveaxis(jnp.concatenate(rows, axis=2), 0, 2)
+  *_, size, samples = joined.shape
+  if samples > size:
+    raise ValueError(
+        f'`samples` must be at most {size}, the number of entries of one '
+        f"direction, for directions='orthogonal', got {samples}.")
+  q, r = jnp.linalg.qr(joined)
+  # Signs as those of what was drawn: uniform over all rotations.
+  signs = jnp.sign(jnp.diagonal(r, axis1=-2, axis2=-1))
+  joined = jnp.moveaxis(q * signs[..., None, :] * size**.5, 2, 0)
+  result, first = [], 0
+  for row, (leaf, axis) in zip(rows, leaves):
+    part = joined[:, :, first:first + row.shape[2]]
+    first += row.shape[2]
+    if axis is None:
+      result.append(part.reshape(leaf.shape))
+    else:
+      moved = jnp.moveaxis(leaf, axis + 1, 1).shape
+      result.append(jnp.moveaxis(part.reshape(moved), 1, axis + 1))
+  return result
 
 
 @jax.custom_vjp

@@ -85,6 +85,10 @@ class Rule:
         if info.kind != base.BOUNDARY}
     return trained | {p: self.name for p in units.exact}
 
+  def infos(self, net, variables, x):
+    """Unit -> what is known of it."""
+    return net.survey(variables, x).units.infos
+
   def bind(self, net: linen.Network) -> Callable[..., Any]:
     """Raises: no function's reverse derivative is this rule."""
     raise ValueError(

@@ -66,6 +66,8 @@ class Survey:
     blocked: the units that the output depends on and that no error can reach,
       since a derivative on the way is zero everywhere.
     batch_coupled: the modules that normalise over the batch in training.
+    used: the units that the output depends on.
+    detached: whether a `stop_gradient` keeps errors from a part of the model.
   """
   units: Units
   output: Any
@@ -74,6 +76,8 @@ class Survey:
   lifted: tuple[str, ...]
   blocked: tuple[str, ...]
   batch_coupled: tuple[str, ...]
+  used: tuple[str, ...]
+  detached: bool
 
 
 class Network:
@@ -83,6 +87,7 @@ class Network:
     self.boundaries = boundaries
     self._surveys = {}
     self._latest = None
+    self.views = {}  # Of `bpjax.local`: what cuts the network -> the result.
 
   @property
   def units(self) -> Units:
@@ -104,9 +109,12 @@ class Network:
     leaves, structure = jax.tree.flatten((variables, x))
     cache_key = (structure, tuple(map(jax.typeof, leaves)))
     if cache_key not in self._surveys:
-      self._surveys[cache_key] = take(self, variables, x)
+      self._surveys[cache_key] = self._take(variables, x)
     self._latest = self._surveys[cache_key]
     return self._latest
+
+  def _take(self, variables, x):
+    return take(self, variables, x)
 
 
 def take(net: Any, variables: Mapping[str, Any], x: Any) -> Survey:
@@ -185,7 +193,9 @@ def take(net: Any, variables: Mapping[str, Any], x: Any) -> Survey:
       lifted=inside(_LOOPS) + tuple(n for n in units if 'vmap' in notes[n]),
       blocked=() if detached else tuple(
           n for n in units if n in used and not notes[n].get('taught')),
-      batch_coupled=tuple(batch_coupled))
+      batch_coupled=tuple(batch_coupled),
+      used=tuple(n for n in units if n in used),
+      detached=detached)
 
 
 def _check_boundaries(globs, order, boundaries):

@@ -106,6 +106,30 @@ def check_boundary(module: str, out: Any) -> None:
         f'got {type(out).__name__}; name a module inside or around it.')
 
 
+def check_block(name: str, out: Any, before: Any, lists: bool) -> None:
+  """Raises a ValueError unless a block puts out one array, once, and keeps it."""
+  if not lists:
+    raise ValueError(
+        f'block `{name}` is inside an `nn.scan` (or another lifted transform), '
+        'which hides what it puts out; call the layers in a Python loop, or name '
+        'the module around them.')
+  if not (_is_array(out) and jnp.issubdtype(out.dtype, jnp.inexact)):
+    raise ValueError(
+        f'block `{name}` must return one array of floats, got '
+        f'{type(out).__name__}; name a module inside or around it.')
+  if before is not None:
+    raise ValueError(
+        f'block `{name}` must be called once in a forward pass, got a second '
+        'call; give each call a module of its own, or name one around both.')
+
+
+def detached(tree: Any) -> Any:
+  """`tree` with its arrays as constants."""
+  return jax.tree.map(
+      lambda leaf: jax.lax.stop_gradient(leaf) if _is_array(leaf) else leaf,
+      tree)
+
+
 def as_inputs(x: Any) -> tuple[Any, ...]:
   """The model's positional inputs: `x` itself, or the tuple that it is."""
   return x if isinstance(x, tuple) else (x,)

@@ -124,10 +124,91 @@ class VarianceTest(float64.Float64TestCase):
     ratio = self.measured(directions=directions, perturb='weight') / expected
     self.assertBetween(ratio, .96, 1.04)
 
+  def test_orthogonal(self):
+    total = np.sum(self.per_example**2)
+    samples = 3  # Of 4 entries an example: (d/K - 1)/N times the mean square.
+    ratio = self.measured(directions='orthogonal', samples=samples) / (
+        (4 / samples - 1) / 6 * total / self.per_example.size)
+    self.assertBetween(ratio, .97, 1.03)
+
+  def test_as_many_orthogonal_directions_as_entries_are_exact(self):
+    _, (exact, _) = zoo.learn(bpjax.rules.backprop(), self.net, LOSS)(
+        self.variables, {}, self.x, self.y)
+    for perturb, samples in (('activity', 4), ('weight', 20)):
+      rule = bpjax.rules.forward_gradient(
+          perturb, 'orthogonal', samples, exact_readout=False)
+      _, (grads, _) = zoo.learn(rule, self.net, LOSS)(
+          self.variables, {}, self.x, self.y, key=jax.random.key(1))
+      self.assert_close(grads, exact, 1e-13)
+    with self.assertRaisesRegex(ValueError, '`samples` must be at most 20'):
+      rule = bpjax.rules.forward_gradient(
+          'weight', 'orthogonal', 21, exact_readout=False)
+      zoo.learn(rule, self.net, LOSS)(
+          self.variables, {}, self.x, self.y, key=jax.random.key(1))
+
   def test_samples_divide_it(self):
     one = self.measured(directions='rademacher')
     four = self.measured(directions='rademacher', samples=4)
     self.assertBetween(one / four, 3.85, 4.15)
+
+
+class DifferencesTest(float64.Float64TestCase):
+
+  @parameterized.parameters('activity', 'weight')
+  def test_tend_to_derivatives(self, perturb):
+    model, x, y = zoo.inputs('plain')
+    net, variables, x = float64.setup(model, x)
+
+    def step(**arguments):
+      rule = bpjax.rules.forward_gradient(perturb, samples=2, **arguments)
+      return zoo.learn(rule, net, LOSS)(
+          variables, {}, x, y, key=jax.random.key(1))[1][0]
+
+    exact = step()
+    miss = lambda *a, **k: max(map(float, jax.tree.leaves(jax.tree.map(
+        lambda p, q: jnp.abs(p - q).max(), step(*a, **k), exact))))
+    one, two = miss(epsilon=1e-3), miss(epsilon=1e-3, antithetic=True)
+    self.assertBetween(one, 1e-5, 1e-1)
+    self.assertLess(two, .05 * one)  # Of second order.
+    self.assertLess(miss(epsilon=1e-6), .01 * one)
+
+  def test_train_what_has_no_derivative(self):
+
+    class Signs(nn.Module):
+
+      @nn.compact
+      def __call__(self, x):
+        x = jnp.sign(nn.Dense(4)(x))
+        return nn.Dense(3)(x)
+
+    x = jax.random.normal(jax.random.key(3), (2, 4))
+    y = jnp.arange(2)
+    net, variables, x = float64.setup(Signs(), x)
+    step = .5
+    means = []
+    for antithetic in (False, True):
+      rule = bpjax.rules.forward_gradient(
+          epsilon=step, antithetic=antithetic)
+      means.append(draws(rule, net, variables, x, y, 20_000)['Dense_0'])
+    # The gradient of the loss under noise of this size, by enumeration.
+    params = variables['params']
+    pre = np.asarray(x @ params['Dense_0']['kernel'])
+    signs = np.array(np.meshgrid(*[[-1., 1.]] * 4)).reshape(4, -1).T
+
+    def smoothed(pre):
+      up = jax.scipy.stats.norm.cdf(pre / step)
+      weight = jnp.where(signs[:, None] > 0, up, 1 - up).prod(-1)
+      out = signs @ params['Dense_1']['kernel'] + params['Dense_1']['bias']
+      losses = LOSS(
+          jnp.broadcast_to(out[:, None], (16, 2, 3)), jnp.tile(y, (16, 1)))
+      return jnp.sum(weight * losses) / 2
+
+    expected = x.T @ jax.grad(smoothed)(jnp.asarray(pre))
+    for mean in means:
+      kernel = mean['kernel']
+      error = kernel.std(0) / np.sqrt(len(kernel))
+      self.assertLess(
+          float(jnp.max(jnp.abs(kernel.mean(0) - expected) / error)), 4.5)
 
 
 class EngineTest(float64.Float64TestCase):

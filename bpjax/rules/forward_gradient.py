@@ -13,7 +13,8 @@ import jax
 
 def forward_gradient(
     perturb: str = 'activity', directions: str = 'gaussian', samples: int = 1,
-    exact_readout: bool = True) -> perturbation.Rule:
+    exact_readout: bool = True, epsilon: float = 0., antithetic: bool = False
+) -> perturbation.Rule:
   r"""Forward gradient: perturb, see how the loss changes, step along it.
 
   Activity: each example n gets a random direction :math:`u_{n,l}` at the output
@@ -45,11 +46,22 @@ def forward_gradient(
 
   Args:
     perturb: 'activity' or 'weight'.
-    directions: 'gaussian' or 'rademacher' (entries +-1).
+    directions: 'gaussian', 'rademacher' (entries +-1), or 'orthogonal': the
+      samples of an example at right angles, each uniform on the sphere of
+      radius :math:`\sqrt d`. With d the number of perturbed entries and K
+      samples, the mean square error falls from :math:`(d + 1) / K` to
+      :math:`d / K - 1` times the squared gradient: K = d is exact.
     samples: number of directions to average over; one forward pass all the
       same, whose linear map is applied to each.
     exact_readout: the output unit takes its own exact gradient, which is local,
       and is not perturbed.
+    epsilon: step of finite differences, such as 1e-3, for nonlinearities that
+      have no derivative, as sign: the gradient of the loss smoothed by noise of
+      that size, so that a larger step suits them. Each sample is a forward pass
+      then. 0: exact directional derivatives.
+    antithetic: takes each difference from -u to u, which has an error of
+      :math:`\epsilon^2` in place of :math:`\epsilon`, with the same mean
+      otherwise. Exact derivatives along u and -u give the same update.
 
   Returns:
     A rule without feedback; `learn` needs a `key`.
@@ -64,13 +76,22 @@ def forward_gradient(
   if perturb not in ('activity', 'weight'):
     raise ValueError(
         f"`perturb` must be 'activity' or 'weight', got {perturb!r}.")
-  if directions not in ('gaussian', 'rademacher'):
+  if directions not in ('gaussian', 'rademacher', 'orthogonal'):
     raise ValueError(
-        f"`directions` must be 'gaussian' or 'rademacher', got {directions!r}.")
+        "`directions` must be 'gaussian', 'rademacher' or 'orthogonal', got "
+        f'{directions!r}.')
+  if not 0 <= epsilon < float('inf'):
+    raise ValueError(f'`epsilon` must be at least 0, got {epsilon}.')
+  if antithetic and not epsilon:
+    raise ValueError(
+        '`antithetic` must be False without finite differences, since the exact '
+        'derivative along -u gives the update of u; give `epsilon=1e-3`, say.')
   if isinstance(samples, bool) or samples != int(samples) or samples < 1:
     raise ValueError(
         f'`samples` must be a whole number of at least 1, got {samples}.')
-  draw = dict(gaussian=jax.random.normal, rademacher=jax.random.rademacher)
+  draw = dict(
+      gaussian=jax.random.normal, orthogonal=jax.random.normal,
+      rademacher=jax.random.rademacher)
 
   def direction(key, leaf):
     return draw[directions](
@@ -86,4 +107,6 @@ def forward_gradient(
 
   return perturbation.Rule(
       name='forward_gradient', backward=backward, directions=direction,
-      perturb=perturb, samples=int(samples), exact_readout=exact_readout)
+      perturb=perturb, samples=int(samples), exact_readout=exact_readout,
+      orthogonal=directions == 'orthogonal', epsilon=float(epsilon),
+      antithetic=antithetic)

@@ -165,10 +165,11 @@ def recursive_local_representation_alignment(
     return _OUTPUT if source == tuple(info.outs)[-1] else source
 
   def check_units(units):
-    outs = next(iter(units.values())).outs
     if not isinstance(wiring, str):
-      _check_wiring(wiring, tuple(outs))
+      for order in dict.fromkeys(tuple(info.outs) for info in units.values()):
+        _check_wiring(wiring, order)
     for name, info in units.items():
+      outs = info.outs  # Those of its block, where blocks have their own losses.
       source = source_of(name, outs)
       below = info.reads[0] if info.reads else None
       if below is not None and below not in outs and info.kind != base.BOUNDARY:

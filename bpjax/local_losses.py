@@ -1,0 +1,212 @@
+"""A block's own losses: what `bpjax.local` trains each block on.
+
+Training neural networks with local error signals, Nokland and Eidnes, ICML 2019
+(https://arxiv.org/abs/1901.06656).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import dataclasses
+import math
+from typing import Any
+
+from bpjax import base
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class LocalLoss:
+  """A loss on what a block puts out. What the functions below return.
+
+  Attributes:
+    name: for messages.
+    init: `(key, features, output) -> head`: the head's parameters, from the
+      shapes of the block's output `[batch, ..., channels]` and of the model's;
+      {} for none.
+    predict: `(head, features) -> prediction`, whose error ports bring to units.
+    loss: `(prediction, y, default) -> losses [batch, ...]`; `default` is the
+      loss of the model's output.
+  """
+  name: str
+  init: Callable[[base.Key, Any, Any], base.Tree]
+  predict: Callable[[base.Tree, base.Array], Any]
+  loss: Callable[[Any, Any, base.Loss], base.Array]
+
+
+def prediction(
+    scale: float = 1., pooled: bool = True, norm: bool = False,
+    loss: base.Loss | None = None) -> LocalLoss:
+  r"""A linear head that predicts what the model shall predict.
+
+  .. math::
+    \hat y = \frac1P \sum_p h_p W + b, \qquad \ell = loss(\hat y, y)
+
+  The mean is over all positions, the axes between the first and the last.
+
+  Args:
+    scale: factor on the standard deviation of W, :math:`1/\sqrt{channels}`.
+    pooled: whether positions are averaged; if not, each predicts on its own,
+      for labels of each.
+    norm: whether features are normalised to mean 0 and variance 1 over the
+      channels, after pooling, without parameters.
+    loss: `(prediction, y) -> losses`; default that of the model's output, such
+      as `bpjax.losses.softmax_cross_entropy`.
+
+  Returns:
+    A `LocalLoss`; its head is `{'kernel': [channels, outputs], 'bias':
+    [outputs]}`.
+
+  Raises:
+    ValueError: if `scale` is negative.
+
+  Example:
+    >>> import jax, jax.numpy as jnp
+    >>> local = prediction()
+    >>> h, output = jnp.ones((2, 5, 5, 8)), jnp.ones((2, 3))
+    >>> head = local.init(jax.random.key(0), h, output)
+    >>> local.predict(head, h).shape
+    (2, 3)
+  """
+  if scale < 0:
+    raise ValueError(f'`scale` must be at least 0, got {scale}.')
+
+  def init(key, features, output):
+    fan_in, outputs = features.shape[-1], output.shape[-1]
+    kernel = jax.random.normal(key, (fan_in, outputs), features.dtype)
+    return {'kernel': scale / math.sqrt(fan_in) * kernel,
+            'bias': jnp.zeros(outputs, features.dtype)}
+
+  def predict(head, features):
+    if pooled and features.ndim > 2:
+      features = jnp.mean(features, axis=tuple(range(1, features.ndim - 1)))
+    if norm:
+      features = features - jnp.mean(features, axis=-1, keepdims=True)
+      square = jnp.mean(jnp.square(features), axis=-1, keepdims=True)
+      features = features * jax.lax.rsqrt(square + 1e-5)
+    return features @ head['kernel'] + head['bias']
+
+  return LocalLoss(
+      'prediction', init, predict,
+      lambda output, y, default: (loss or default)(output, y))
+
+
+def similarity(
+    classes: int, kernel: int = 3, scale: float = 1.) -> LocalLoss:
+  r"""Similarity matching: examples of one class shall look alike.
+
+  .. math::
+    L = \| S(f(h)) - S(Y) \|_F^2 / N^2, \qquad
+    S(Z)_{nm} = \frac{\tilde z_n \cdot \tilde z_m}{|\tilde z_n| |\tilde z_m|},
+    \qquad \tilde z_n = z_n - \bar z_n
+
+  Y are labels as one-hot vectors, N is the batch, and f a learnt convolution for
+  images, of which z is the standard deviation over positions, or a learnt linear
+  map otherwise. The loss of example n is that of its row, so that their mean is
+  L; a row depends on all examples.
+
+  Args:
+    classes: number of classes.
+    kernel: side of the convolution.
+    scale: factor on the standard deviation of f's weights, `1/sqrt(fan-in)`.
+
+  Returns:
+    A `LocalLoss` for integer labels `[batch]`; its head is `{'kernel': [(side,
+    side,) channels, channels]}`.
+
+  Raises:
+    ValueError: for fewer than two classes, or a `kernel` that is even.
+
+  Example:
+    >>> local = similarity(10)
+  """
+  if classes != int(classes) or classes < 2:
+    raise ValueError(
+        f'`classes` must be a whole number of at least 2, got {classes}.')
+  if kernel != int(kernel) or kernel < 1 or kernel % 2 == 0:
+    raise ValueError(
+        f'`kernel` must be a positive odd number, got {kernel}.')
+
+  def init(key, features, output):
+    del output
+    channels = features.shape[-1]
+    sides = (kernel, kernel) if len(features.shape) == 4 else ()
+    shape = (*sides, channels, channels)
+    std = scale / math.sqrt(math.prod(shape[:-1]))
+    return {'kernel': std * jax.random.normal(key, shape, features.dtype)}
+
+  def predict(head, features):
+    if features.ndim != 4:
+      z = features @ head['kernel']
+      return z.reshape(z.shape[0], -1)
+    z = jax.lax.conv_general_dilated(
+        features, head['kernel'], (1, 1), 'SAME',
+        dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+    return jnp.sqrt(jnp.var(z, axis=(1, 2)) + 1e-8)
+
+  def loss(z, y, default):
+    del default
+    labels = jax.nn.one_hot(y, classes, dtype=z.dtype)
+    difference = cosines(z) - cosines(labels)
+    return jnp.mean(jnp.square(difference), axis=1)
+
+  return LocalLoss('similarity', init, predict, loss)
+
+
+def prediction_and_similarity(
+    classes: int, share: float = .99, kernel: int = 3) -> LocalLoss:
+  """Both together, 'predsim': `share` of similarity, the rest of prediction.
+
+  Args:
+    classes: number of classes.
+    share: of similarity matching, in [0, 1]; the paper takes 0.99.
+    kernel: as in `similarity`.
+
+  Returns:
+    A `LocalLoss`; its head has both heads. Two predictions have no single error
+    for a port, so no rule with ports takes it.
+
+  Raises:
+    ValueError: for a value out of range.
+
+  Example:
+    >>> local = prediction_and_similarity(10)
+  """
+  if not 0 <= share <= 1:
+    raise ValueError(f'`share` must be in [0, 1], got {share}.')
+  parts = {'prediction': prediction(), 'similarity': similarity(classes, kernel)}
+
+  def init(key, features, output):
+    return {name: part.init(k, features, output) for (name, part), k in zip(
+        parts.items(), jax.random.split(key))}
+
+  def predict(head, features):
+    return {n: part.predict(head[n], features) for n, part in parts.items()}
+
+  def loss(predictions, y, default):
+    apart = [p.loss(predictions[n], y, default) for n, p in parts.items()]
+    return (1 - share) * apart[0] + share * apart[1]
+
+  return LocalLoss('prediction_and_similarity', init, predict, loss)
+
+
+def cosines(z: base.Array) -> base.Array:
+  """Cosine similarities of rows, each centred on its own mean.
+
+  Args:
+    z: `[batch, features]`.
+
+  Returns:
+    `[batch, batch]`, in [-1, 1]; 0 for a row that is constant.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> cosines(jnp.array([[2., 0.], [0., 3.]])).tolist()[0][1] < -.999
+    True
+  """
+  z = z - jnp.mean(z, axis=1, keepdims=True)
+  square = jnp.sum(jnp.square(z), axis=1, keepdims=True)
+  safe = jnp.where(square > 0, square, 1)
+  z = jnp.where(square > 0, z * jax.lax.rsqrt(safe), 0)
+  return z @ z.T

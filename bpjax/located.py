@@ -1,0 +1,193 @@
+"""Losses with a place: which change of which loss a perturbation is answered by.
+
+A loss for each patch and channel group of a block has the value of the block's
+loss, and a derivative with respect to its own patch and group alone. So its
+change is the block's error times the change of the output, summed there: no
+copy of the loss is made.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from bpjax import base
+from bpjax import paths
+from bpjax import reach as reach_lib
+import jax
+import jax.numpy as jnp
+
+
+class Judge:
+  """What counts as a change for the perturbation engine, block by block.
+
+  A subclass has `measure`, `settle` (which sets `errors`), `of_output` and
+  `of_block`.
+  """
+
+  def __init__(self, placement: str, groups: int, grouped: bool):
+    self._placement, self._groups = placement, groups
+    self._has_groups = grouped
+    self._reach = None
+    self.errors = None
+
+  def flat(self, features: base.Array) -> base.Array:
+    """A block's output with its groups side by side, [batch, ..., channels]."""
+    return features.reshape(flat_shape(features, self._has_groups).shape)
+
+  def locate(self, change: Any) -> dict[str, base.Array]:
+    """The change of every loss, from the derivative of what is measured.
+
+    Args:
+      change: a tangent of what `measure` returned.
+
+    Returns:
+      Block or 'output' -> `[batch]` and the axes of its losses.
+    """
+    product = jax.tree.map(
+        lambda e, c: e * c.astype(e.dtype), self.errors, change)
+    result = {n: self._sum(p) for n, p in product['blocks'].items()}
+    return result | {'output': _rows(product['output'])}
+
+  def _sum(self, product):
+    """Over the entries of a block's output that one loss has its gradient from."""
+    product = self._apart(product)
+    axes = [product.ndim - 1]
+    if self._placement != 'group':
+      axes.append(product.ndim - 2)
+    if self._placement == 'block':
+      axes += range(1, product.ndim - 2)
+    return jnp.sum(product, axis=tuple(axes))
+
+  def _apart(self, x):
+    """[batch, ..., groups, channels of a group]."""
+    if self._has_groups:
+      return x
+    return x.reshape(*x.shape[:-1], self._groups, -1)
+
+  def _kept(self, axes):
+    """Of the axes of a block's output, those of its losses."""
+    if not self._has_groups:
+      size = math.prod(n for n, _ in axes[-1])
+      axes = (*axes[:-1], *reach_lib.split(
+          axes[-1], (self._groups, size // self._groups)))
+    first = {'block': 1, 'patch': len(axes) - 2, 'group': len(axes) - 1}
+    return axes[:first[self._placement]]
+
+  def compare(self, here: Any, there: Any) -> dict[str, base.Array]:
+    """The losses at another place, each with its own entries moved alone."""
+    result = {'output': _rows(self.of_output(there))}
+    for name, moved in there['blocks'].items():
+      still = here['blocks'][name]
+      if self._placement == 'block':
+        result[name] = _rows(self.of_block(name, moved))
+        continue
+      places = self._sum(jnp.zeros_like(still)).shape[1:]
+
+      def at(i):
+        mask = jnp.arange(math.prod(places)) == i
+        mask = mask.reshape(places + (1,) * (
+            self._apart(still).ndim - 1 - len(places)))
+        mixed = jnp.where(mask, self._apart(moved), self._apart(still))
+        return _rows(self.of_block(name, mixed.reshape(still.shape)))  # pylint: disable=cell-var-from-loop
+
+      losses = jax.lax.map(at, jnp.arange(math.prod(places)))
+      result[name] = losses.T.reshape(-1, *places)
+    return result
+
+  def teach(self, plan: Any, u: Any, v: Any, change: Any) -> tuple[Any, Any]:
+    """Each perturbation times the change of the losses that it can reach."""
+    leaves, structure = jax.tree.flatten((u, v))
+    taught = []
+    for leaf, reached in zip(leaves, self._reached(plan)):
+      parts = [
+          _times(leaf, change[name], axes) for name, axes in reached.items()]
+      taught.append(sum(parts[1:], parts[0]) if parts else 0 * leaf)
+    return jax.tree.unflatten(structure, taught)
+
+  def group(self, plan: Any, kind: str, name: str) -> Any:
+    """The blocks whose losses hear of a perturbation."""
+    del kind
+    names = [
+        n.partition('/')[2]
+        for n in paths.leaf_names((plan.noise, plan.perturbed))]
+    return tuple(self._reached(plan)[names.index(name)])
+
+  def _reached(self, plan):
+    """For each perturbed array: block -> the axes of its losses, in digits."""
+    if self._reach is None:
+
+      def function(inputs):
+        noise, perturbed = inputs
+        params = {**plan.flat(plan.params), **perturbed}
+        outputs = self.measure(plan.run(params, noise)[0])
+        return [*outputs['blocks'].values(), outputs['output']]
+
+      inputs = (plan.noise, plan.perturbed)
+      found = reach_lib.reach(function, inputs)
+      names = [*self.errors['blocks'], 'output']
+      self._reach = []
+      for i in range(len(jax.tree.leaves(inputs))):
+        reached = {}
+        for name, axes in zip(names, found):
+          if axes[i] is not None:
+            reached[name] = (
+                axes[i][:1] if name == 'output' else self._kept(axes[i]))
+        self._reach.append(reached)
+    return self._reach
+
+
+def _rows(losses):
+  """The losses of each example, [batch]."""
+  return jnp.sum(losses.reshape(losses.shape[0], -1), axis=1)
+
+
+def _times(leaf, change, axes):
+  """`leaf` times the change of the losses that each of its entries can reach."""
+  digits = [d for axis in axes for d in axis]
+  change = change.reshape([n for n, _ in digits])
+  gone, places = [], []
+  for i, (n, source) in enumerate(digits):
+    taken = [(a, s) for a, s, m, _ in places if source and a == source[0]
+             and s < source[1] * n and source[1] < s * m]
+    if source is None or taken:
+      gone.append(i)
+    else:
+      places.append((*source, n, i))
+  change = jnp.sum(change, axis=tuple(gone))
+  # Axis by axis of the leaf, from the most significant digit on.
+  order = sorted(range(len(places)), key=lambda j: (
+      places[j][0], -places[j][1]))
+  change = jnp.transpose(change, order)
+  whole, parts = [], []
+  for axis, n in enumerate(leaf.shape):
+    for a, stride, size, _ in (places[j] for j in order):
+      if a == axis:
+        whole += [n // (stride * size), size]
+        parts += [1, size]
+        n = stride
+    whole.append(n)
+    parts.append(1)
+  product = leaf.reshape(whole) * change.reshape(parts).astype(leaf.dtype)
+  return product.reshape(leaf.shape)
+
+
+def flat_shape(features: Any, grouped: bool) -> jax.ShapeDtypeStruct:
+  """Shape of a block's output with its groups side by side."""
+  shape = features.shape
+  if grouped:
+    shape = (*shape[:-2], shape[-2] * shape[-1])
+  return jax.ShapeDtypeStruct(shape, features.dtype)
+
+
+def check(block: str, features: Any, groups: int, grouped: bool) -> None:
+  """Raises a ValueError for groups that a block's output does not have."""
+  shape = features.shape
+  if len(shape) < (3 if grouped else 2):
+    raise ValueError(
+        f'block `{block}` must put out [batch, ..., '
+        f'{"groups, " if grouped else ""}channels], got shape {shape}.')
+  if not grouped and shape[-1] % groups:
+    raise ValueError(
+        f'`groups` must divide the {shape[-1]} channels of block `{block}`, got '
+        f'{groups}.')

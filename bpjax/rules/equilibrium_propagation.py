@@ -35,6 +35,11 @@ def equilibrium_propagation(
   :math:`\rho`, and s is free. The authors' program has the squared distance
   without a half for C: twice the beta here.
 
+  Tried: MNIST with pixels in [0, 1], one layer of 500, squared error, readout
+  'clip', 10 epochs, batch 128, SGD .05 with a cosine: 94.5% test accuracy (three
+  seeds). Adam did far worse there (78% after two epochs, where SGD .1 had 92%), and
+  SGD .2 diverged on Fashion-MNIST.
+
   In the limit of a small beta and long phases this is the gradient of the loss at
   the free fixed point; with one nudge the error is of the order of beta, with two
   ('symmetric') of its square. What fails: few steps in deep networks, since a

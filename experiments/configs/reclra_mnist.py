@@ -14,7 +14,9 @@ table that `scripts/reclra_table1.py` makes, then 'mnist' or 'fashion_mnist'.
 The paper gives neither rates nor initial weights. `CANDIDATES` are what
 `scripts/reclra_search.py` tried for each row, the same number for all, on
 Fashion-MNIST; `CHOSEN` is which of them had the best validation accuracy there,
-and serves MNIST as well.
+and serves MNIST as well. The six of feedback alignment and of recursive LRA
+replaced a first six without a decay, of which the best had .8805 on these
+examples, and .889, .8165, .810 and .745 with tanh, relu, elu and sign.
 
 Rows whose name does not say an activation use tanh or relu, whatever did better.
 Equilibrium propagation takes 500 settling steps a batch in so deep a network:
@@ -64,7 +66,9 @@ CANDIDATES = {
     'lra': ('local_representation_alignment', tuple(
         _candidate('tanh', rate, beta=beta)
         for beta in (.03, .1) for rate in _RATES)),
-    'feedback_alignment': ('feedback_alignment', _activations_and_rates()),
+    'feedback_alignment': ('feedback_alignment', tuple(
+        _candidate('tanh', rate, decay)
+        for decay in (0., .3) for rate in _RATES)),
     'direct_feedback_alignment': (
         'direct_feedback_alignment', _activations_and_rates()),
     'weight_mirror': ('weight_mirror', _activations_and_rates()),

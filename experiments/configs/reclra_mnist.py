@@ -84,7 +84,7 @@ CANDIDATES = {
 # Row -> index of its best candidate; results/reclra_search.json.
 CHOSEN = {
     'backprop': 1, 'difference_target_propagation': 5,
-    'equilibrium_propagation': 3, 'lra': 3, 'feedback_alignment': 1,
+    'equilibrium_propagation': 3, 'lra': 3, 'feedback_alignment': 4,
     'direct_feedback_alignment': 1, 'weight_mirror': 2, 'recursive_tanh': 0,
     'recursive_relu': 5, 'recursive_elu': 2, 'recursive_sign': 3}
 

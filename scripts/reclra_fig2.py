@@ -106,7 +106,8 @@ EXPERIMENT = reproduction.Experiment(
         for activation in reclra_deep.ACTIVATIONS],
     columns=[
         reproduction.Column(
-            'train error, %', lambda run: 100 - reproduction.train_accuracy(run)),
+            'train error, %',
+            lambda run: 100 - reproduction.train_accuracy(run)),
         reproduction.Column(
             _TEST, lambda run: 100 - reproduction.test_accuracy(run)),
     ],

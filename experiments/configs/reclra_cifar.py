@@ -9,7 +9,7 @@ alignment, Ororbia, Mali, Kifer and Giles, AAAI 2023, Table 2 (an earlier
 version: https://arxiv.org/abs/2002.03911), which `scripts/reclra_table2.py`
 makes. What follows the colon is a row, NETWORK_RULE: cnn, pcnn (with
 pseudo-convolutions), cresnet or presnet (ResNet-18 with 64 maps, convolutions
-or pseudo-convolutions); bp, wm, rlra, and for cnn also fa and dfa. After
+or pseudo-convolutions); bp, wm, rlra, and for cnn also tp, fa and dfa. After
 another colon the preset, `paper` or `trial`.
 
 From the text: 5,000 training images held out, global contrast normalisation and
@@ -41,13 +41,14 @@ RULES = {
     'bp': ('backprop', {}),
     'wm': ('weight_mirror', {}),
     'rlra': (_TARGETS, {'wiring': 'chain_in_gap', 'gap': 2}),
+    'tp': ('difference_target_propagation', {'inverse': 'relu'}),
     'fa': ('feedback_alignment', {}),
     'dfa': ('direct_feedback_alignment', {}),
 }
 # In a residual network the outputs of blocks get targets, straight from the
 # error, and the inside of a block is trained by backprop from there.
 BLOCKS = (('*/boundary', _TARGETS, {'wiring': 'direct'}),)
-ROWS = ('cnn_fa', 'cnn_dfa', *(
+ROWS = ('cnn_tp', 'cnn_fa', 'cnn_dfa', *(
     f'{network}_{rule}'
     for network in NETWORKS for rule in ('bp', 'wm', 'rlra')))
 _STEPS_PER_EPOCH = 45_000 // 128
@@ -68,7 +69,7 @@ def get_config(row_and_preset: str = 'cnn_rlra'):
     config.rule, config.rule_args = RULES['bp']
     config.rule_by_path = BLOCKS
     config.boundaries = ('stage_*/block_*',)
-  if not residual and rule != 'rlra':
+  if not residual and rule not in ('rlra', 'tp'):
     config.model_args.units = 'affine'
   if rule == 'wm':  # Its feedback has a rate of its own.
     config.feedback_optimizer = 'sgd'

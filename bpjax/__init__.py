@@ -5,6 +5,7 @@ from bpjax import losses
 from bpjax import models
 from bpjax import nn
 from bpjax import paths
+from bpjax import replicated
 from bpjax import rules
 from bpjax import testing
 from bpjax.alignment import alignment

@@ -50,6 +50,19 @@ def check_sizes(name: str, *sizes: int) -> None:
           f'`{name}` must be made of positive whole numbers, got {size!r}.')
 
 
+def check_divides(
+    name: str, divisor: int, whole_name: str, whole: int) -> None:
+  """Raises a ValueError unless `divisor` divides `whole`.
+
+  Example:
+    >>> check_divides('groups', 16, 'channels', 512)
+  """
+  if whole % divisor:
+    raise ValueError(
+        f'`{name}` must divide the {whole_name}, {whole}, without a rest, got '
+        f'{divisor}.')
+
+
 def check_rate(name: str, rate: float) -> None:
   """Raises a ValueError unless `rate` is that of a dropout.
 
@@ -143,6 +156,50 @@ def normalise(
   if norm == 'group':
     return nn.GroupNorm(num_groups=None, group_size=GROUP_SIZE, name=name)(x)
   return x
+
+
+def layer_norm(
+    x: jnp.ndarray, axis: int = -1, epsilon: float = 1e-5) -> jnp.ndarray:
+  """LayerNorm without parameters, with its derivative in closed form.
+
+  `(x - m) / sqrt(mean(x^2) - m^2 + epsilon)` with `m = mean(x)`. With `r` that
+  inverse root and `h` the result, a change `d` of `x` changes `h` by
+  `r (d - mean(d) - h mean(h d))`, and the same map brings errors back: two
+  means in either direction, and nothing kept but `h` and `r`.
+
+  Args:
+    x: `[batch, ..., channels]`.
+    axis: what is normalised over.
+    epsilon: added to the variance.
+
+  Returns:
+    An array in the shape of `x`.
+
+  Example:
+    >>> layer_norm(jnp.array([[1., 2., 3.]])).round(3)
+    Array([[-1.225,  0.   ,  1.225]], dtype=float32)
+  """
+  return _layer_norm(axis, epsilon, x)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _layer_norm(axis, epsilon, x):
+  return _normed(axis, epsilon, x)[0]
+
+
+@_layer_norm.defjvp
+def _layer_norm_jvp(axis, epsilon, primals, tangents):
+  (x,), (d,) = primals, tangents
+  h, r = _normed(axis, epsilon, x)
+  mean = functools.partial(jnp.mean, axis=axis, keepdims=True)
+  return h, r * (d - mean(d) - h * mean(h * d))
+
+
+def _normed(axis, epsilon, x):
+  mean = jnp.mean(x, axis=axis, keepdims=True)
+  square = jnp.mean(jnp.square(x), axis=axis, keepdims=True)
+  r = jax.lax.rsqrt(jnp.maximum(square - mean**2, 0) + epsilon)
+  return (x - mean) * r, r
 
 
 class ResidualBlock(nn.Module):

@@ -113,7 +113,8 @@ def _check_learns(rule, learn, variables, feedback, x, y, learning_rate):
         key=key)
     grads = dict(zip(('params', 'feedback'), grads))
     updates, state = tx.update(grads, state, trees)
-    variables = {**variables, **aux.model_state}
+    # What the rule itself keeps by example (particles) starts anew.
+    variables = {c: aux.model_state.get(c, v) for c, v in variables.items()}
     return (variables, optax.apply_updates(trees, updates), state), value
 
   trees = {'params': variables['params'], 'feedback': feedback}

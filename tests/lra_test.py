@@ -355,7 +355,7 @@ class ConvolutionsTest(float64.Float64TestCase):
     feedback = float64.doubles(rule.init(jax.random.key(1), net, variables, x))
     self.assertEqual(jax.tree.map(jnp.shape, feedback), {
         'conv_1': {'affine': {'kernel': (3, 3, 3, 4)}, 'direct': (4, 4, 4, 4)},
-        'conv_2': {'direct': (4, 2, 2, 5)}})
+        'head': {'kernel': (20, 4)}})
     (_, aux), (grads, feedback_grads) = zoo.learn(rule, net, reduction='sum')(
         variables, feedback, x, jnp.arange(3))
     error = jax.nn.softmax(aux.output) - jax.nn.one_hot(jnp.arange(3), 4)

@@ -68,3 +68,20 @@ def cosine(a: base.Tree, b: base.Tree) -> base.Array:
       jnp.vdot(p, q) for p, q in zip(jax.tree.leaves(u), jax.tree.leaves(v)))
   norm = jnp.sqrt(dot(a, a)) * jnp.sqrt(dot(b, b))
   return jnp.where(norm > 0, dot(a, b) / jnp.where(norm > 0, norm, 1), 0)
+
+
+class NoFeedback:
+  """What a rule without feedback says of it."""
+
+  def trainable(self, feedback: base.Tree) -> base.Tree:
+    """A tree of bools for the feedback: empty, as the feedback is."""
+    return jax.tree.map(lambda _: False, feedback)
+
+  def mirrored(self, feedback: base.Tree) -> base.Tree:
+    """A tree of bools for the feedback: empty, as the feedback is."""
+    return jax.tree.map(lambda _: False, feedback)
+
+  def weight_targets(self, units, params, feedback):
+    """None: there is no feedback to align with."""
+    del units, params, feedback
+    return {}

@@ -15,6 +15,7 @@ from typing import Any
 from bpjax import base
 from bpjax import checks
 from bpjax import credit
+from bpjax import feedback as feedback_lib
 from bpjax import linen
 from bpjax import paths
 from bpjax import reduction as reduction_lib
@@ -25,7 +26,7 @@ Directions = Callable[[base.Key, tuple[int, ...], Any], base.Array]
 
 
 @dataclasses.dataclass(frozen=True)
-class Rule:
+class Rule(feedback_lib.NoFeedback):
   """A learning rule of the perturbation engine.
 
   Attributes:
@@ -73,14 +74,6 @@ class Rule:
       for info in survey.units.infos.values():
         self.mask.check_unit(info)
 
-  def trainable(self, feedback: base.Tree) -> base.Tree:
-    """A tree of bools for the feedback: empty, as the feedback is."""
-    return jax.tree.map(lambda _: False, feedback)
-
-  def mirrored(self, feedback: base.Tree) -> base.Tree:
-    """A tree of bools for the feedback: empty, as the feedback is."""
-    return jax.tree.map(lambda _: False, feedback)
-
   def units(self, net, variables, x) -> dict[str, str]:
     """Unit -> the rule that trains it; also the parameters without a unit."""
     units = net.survey(variables, x).units
@@ -127,11 +120,6 @@ class Rule:
     _, _, grads, count, signals = self.differentiate(
         net, variables, x, key, judge or Whole(loss, y))
     return jax.tree.map(lambda g: g / count, grads), signals
-
-  def weight_targets(self, units, params, feedback):
-    """None: there is no feedback to align with."""
-    del units, params, feedback
-    return {}
 
   def differentiate(self, net, variables, x, key, judge):
     """The engine: one linearised forward pass, `samples` directions.

@@ -17,6 +17,7 @@ from typing import Any
 from bpjax import base
 from bpjax import checks
 from bpjax import credit
+from bpjax import feedback as feedback_lib
 from bpjax import linen
 from bpjax import reduction as reduction_lib
 import jax
@@ -27,7 +28,7 @@ _STATE, _ENERGY, _DRIVE = 'call', 'energy', 'drive'
 
 
 @dataclasses.dataclass(frozen=True)
-class Rule:
+class Rule(feedback_lib.NoFeedback):
   """A learning rule of the settling engine.
 
   Attributes:
@@ -69,14 +70,6 @@ class Rule:
           '(sign, round, a comparison); leave it out, since states are kept in '
           '[0, 1] already.')
 
-  def trainable(self, feedback: base.Tree) -> base.Tree:
-    """A tree of bools for the feedback: empty, as the feedback is."""
-    return jax.tree.map(lambda _: False, feedback)
-
-  def mirrored(self, feedback: base.Tree) -> base.Tree:
-    """A tree of bools for the feedback: empty, as the feedback is."""
-    return jax.tree.map(lambda _: False, feedback)
-
   def units(self, net, variables, x) -> dict[str, str]:
     """Unit -> the rule that trains it; also the parameters without a unit."""
     units = net.survey(variables, x).units
@@ -94,11 +87,6 @@ class Rule:
     raise ValueError(
         f'`bind` needs a rule that is linear in the error, and `{self.name}` '
         'lets the network settle; use `rule.value_and_grad(net, loss)`.')
-
-  def weight_targets(self, units, params, feedback):
-    """None: there is no feedback to align with."""
-    del units, params, feedback
-    return {}
 
   def particles(
       self, net: linen.Network, variables: Mapping[str, Any], x: Any

@@ -179,27 +179,27 @@ def layer_norm(
     >>> layer_norm(jnp.array([[1., 2., 3.]])).round(3)
     Array([[-1.225,  0.   ,  1.225]], dtype=float32)
   """
-  return _layer_norm(axis, epsilon, x)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _layer_norm(axis, epsilon, x):
   return _normed(axis, epsilon, x)[0]
 
 
-@_layer_norm.defjvp
-def _layer_norm_jvp(axis, epsilon, primals, tangents):
-  (x,), (d,) = primals, tangents
-  h, r = _normed(axis, epsilon, x)
-  mean = functools.partial(jnp.mean, axis=axis, keepdims=True)
-  return h, r * (d - mean(d) - h * mean(h * d))
-
-
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _normed(axis, epsilon, x):
+  """`h` and `r`."""
   mean = jnp.mean(x, axis=axis, keepdims=True)
   square = jnp.mean(jnp.square(x), axis=axis, keepdims=True)
   r = jax.lax.rsqrt(jnp.maximum(square - mean**2, 0) + epsilon)
   return (x - mean) * r, r
+
+
+@_normed.defjvp
+def _normed_jvp(axis, epsilon, primals, tangents):
+  (x,), (d,) = primals, tangents
+  # By this rule again, so that a derivative of the derivative has it, too.
+  h, r = _normed(axis, epsilon, x)
+  mean = functools.partial(jnp.mean, axis=axis, keepdims=True)
+  d = r * d
+  along = mean(h * d)
+  return (h, r), (d - mean(d) - h * along, -r * along)
 
 
 class ResidualBlock(nn.Module):

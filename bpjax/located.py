@@ -101,7 +101,8 @@ class Judge:
     taught = []
     for leaf, reached in zip(leaves, self._reached(plan)):
       parts = [
-          _times(leaf, change[name], axes) for name, axes in reached.items()]
+          _times(plan, leaf, change[name], axes)
+          for name, axes in reached.items()]
       taught.append(sum(parts[1:], parts[0]) if parts else 0 * leaf)
     return jax.tree.unflatten(structure, taught)
 
@@ -142,7 +143,7 @@ def _rows(losses):
   return jnp.sum(losses.reshape(losses.shape[0], -1), axis=1)
 
 
-def _times(leaf, change, axes):
+def _times(plan, leaf, change, axes):
   """`leaf` times the change of the losses that each of its entries can reach."""
   digits = [d for axis in axes for d in axis]
   change = change.reshape([n for n, _ in digits])
@@ -168,8 +169,8 @@ def _times(leaf, change, axes):
         n = stride
     whole.append(n)
     parts.append(1)
-  product = leaf.reshape(whole) * change.reshape(parts).astype(leaf.dtype)
-  return product.reshape(leaf.shape)
+  return plan.product(
+      leaf.reshape(whole), change.reshape(parts)).reshape(leaf.shape)
 
 
 def flat_shape(features: Any, grouped: bool) -> jax.ShapeDtypeStruct:

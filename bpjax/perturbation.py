@@ -22,7 +22,8 @@ from bpjax import reduction as reduction_lib
 import jax
 import jax.numpy as jnp
 
-Directions = Callable[[base.Key, tuple[int, ...], Any], base.Array]
+_WORD = 32  # Bits.
+Directions = Callable[[base.Key, list[base.Array]], list[base.Array]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Rule(feedback_lib.NoFeedback):
     name: the rule's name.
     backward: `(unit, params, feedback, activations, signal) -> Credit` of one
       unit, with `signal.teaching` the perturbation times the change of loss.
-    directions: `(key, shape, dtype) -> tangent`.
+    directions: `(key, arrays) -> tangents`, one in the shape of each.
     perturb: 'activity' (module outputs) or 'weight' (parameters).
     samples: how many directions each update averages over.
     exact_readout: whether the output unit keeps its own exact gradient.
@@ -41,6 +42,7 @@ class Rule(feedback_lib.NoFeedback):
     orthogonal: whether the samples' directions are at right angles.
     epsilon: the step of finite differences; 0: exact derivatives.
     antithetic: whether these are taken to both sides.
+    signs: whether directions have no entries but 1 and -1.
   """
   name: str
   backward: Callable[..., base.Credit]
@@ -52,6 +54,7 @@ class Rule(feedback_lib.NoFeedback):
   orthogonal: bool = False
   epsilon: float = 0.
   antithetic: bool = False
+  signs: bool = False
 
   def init(self, key, net, variables, x) -> dict[str, Any]:
     """The rule's feedback: none, {}. Checks that it can train the network."""
@@ -310,7 +313,7 @@ class Plan:
       if zero is None:  # Weights are perturbed, and their updates need no VJP.
         return out
       call.write('noise', out, 'call')
-      return _barrier(out) + zero
+      return _perturbed(_barrier(out), zero)
 
     params = jax.tree.unflatten(
         jax.tree.structure(self.params), [params[k] for k in self.names])
@@ -334,9 +337,7 @@ class Plan:
 
   def _draw_one(self, key):
     leaves, structure = jax.tree.flatten((self.noise, self.perturbed))
-    keys = jax.random.split(key, max(len(leaves), 1))
-    u, v = jax.tree.unflatten(structure, [
-        self._rule.directions(k, leaf) for k, leaf in zip(keys, leaves)])
+    u, v = jax.tree.unflatten(structure, self._rule.directions(key, leaves))
     return self.masked(u), self.masked(v)
 
   def _draw_orthogonal(self, key, judge):
@@ -379,12 +380,21 @@ class Plan:
 
     def multiply(u, axis):
       if axis < 0 or self._coupled:
-        return u * total.astype(u.dtype)
+        return self.product(u, total)
       shape = [1] * u.ndim
       shape[axis] = -1
-      return u * change.astype(u.dtype).reshape(shape)
+      return self.product(u, change.reshape(shape))
 
     return jax.tree.map(multiply, u, self._batch_axes)
+
+  def product(self, u, change):
+    """`u * change`, which broadcasts to `u`."""
+    change = change.astype(u.dtype)
+    if not self._rule.signs:
+      return u * change
+    # A product would be fused into the sums that read it, and its operands, all
+    # the signs of a step, be written out at its start; a choice is made late.
+    return jnp.where(u > 0, change, jnp.where(u < 0, -change, 0))
 
   def _noise_shapes(self, x):
     """The shape of every output to perturb; notes the modules seen."""
@@ -448,6 +458,61 @@ def _barrier(x: base.Array) -> base.Array:
 
 
 _barrier.defvjp(lambda x: (x, x), lambda x, _: (jnp.zeros_like(x),))
+
+
+@jax.custom_jvp
+def _perturbed(x: base.Array, zero: base.Array) -> base.Array:
+  """`x + zero`; a tangent of `zero` is read no earlier than `x` is there."""
+  return x + zero
+
+
+@_perturbed.defjvp
+def _perturbed_jvp(primals, tangents):
+  x, zero = primals
+  tangent, u = tangents
+  # Otherwise XLA writes out all the signs of a step at its start: as much memory
+  # as all the activations, where their bits take a thirty-second of it.
+  late = jnp.where(jnp.isnan(x), x, u)
+  return _perturbed(x, zero), tangent + late
+
+
+def gaussian(key: base.Key, arrays: list[base.Array]) -> list[base.Array]:
+  """Standard normal tangents, one in the shape of each array.
+
+  Example:
+    >>> u, = gaussian(jax.random.key(0), [jnp.zeros((2, 3))])
+    >>> u.shape
+    (2, 3)
+  """
+  keys = jax.random.split(key, max(len(arrays), 1))
+  return [
+      jax.random.normal(k, x.shape, x.dtype, out_sharding=sharding(x))
+      for k, x in zip(keys, arrays)]
+
+
+def rademacher(key: base.Key, arrays: list[base.Array]) -> list[base.Array]:
+  """Tangents of random signs, one in the shape of each array.
+
+  A random bit for each sign, where `jax.random.rademacher` takes 32: on a CPU
+  the bits would cost more than the products that they go into.
+
+  Example:
+    >>> u, = rademacher(jax.random.key(0), [jnp.zeros((2, 3))])
+    >>> jnp.abs(u).tolist()
+    [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
+  """
+  sizes = [-(-x.size // _WORD) for x in arrays]
+  words = jax.random.bits(key, (sum(sizes),), jnp.uint32)
+  # The one of a row, so that neighbours come from neighbouring words.
+  place = jax.lax.broadcasted_iota(jnp.uint32, (_WORD, 1), 0)
+  signs, first = [], 0
+  for x, size in zip(arrays, sizes):
+    bits = (words[first:first + size] >> place) & 1
+    first += size
+    sign = (2 * bits.reshape(-1)[:x.size].astype(x.dtype) - 1).reshape(x.shape)
+    explicit = sharding(x)
+    signs.append(jax.sharding.reshard(sign, explicit) if explicit else sign)
+  return signs
 
 
 def sharding(x: base.Array) -> Any:

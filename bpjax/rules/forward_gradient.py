@@ -8,7 +8,6 @@ losses, Ren, Kornblith, Liao and Hinton, ICLR 2023
 
 from bpjax import base
 from bpjax import perturbation
-import jax
 
 
 def forward_gradient(
@@ -90,12 +89,8 @@ def forward_gradient(
     raise ValueError(
         f'`samples` must be a whole number of at least 1, got {samples}.')
   draw = dict(
-      gaussian=jax.random.normal, orthogonal=jax.random.normal,
-      rademacher=jax.random.rademacher)
-
-  def direction(key, leaf):
-    return draw[directions](
-        key, leaf.shape, leaf.dtype, out_sharding=perturbation.sharding(leaf))
+      gaussian=perturbation.gaussian, orthogonal=perturbation.gaussian,
+      rademacher=perturbation.rademacher)
 
   def backward(unit, params, feedback, activations, signal):
     """A unit's own VJP: `signal.teaching` is the perturbation times `s_n`."""
@@ -106,7 +101,8 @@ def forward_gradient(
         inputs=(None,) * len(activations.inputs))
 
   return perturbation.Rule(
-      name='forward_gradient', backward=backward, directions=direction,
+      name='forward_gradient', backward=backward,
+      directions=draw[directions],
       perturb=perturb, samples=int(samples), exact_readout=exact_readout,
       orthogonal=directions == 'orthogonal', epsilon=float(epsilon),
-      antithetic=antithetic)
+      antithetic=antithetic, signs=directions == 'rademacher')

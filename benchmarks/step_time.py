@@ -22,23 +22,14 @@ lists as its needs is more than its layers use:
 
 from __future__ import annotations
 
-import os
-
-# One core, as the figures of other libraries: before jax starts its threads.
-_CORE = int(os.environ.get('BPJAX_CORE', '0'))
-if hasattr(os, 'sched_setaffinity'):
-  os.sched_setaffinity(0, {_CORE})
-os.environ['XLA_FLAGS'] = (
-    os.environ.get('XLA_FLAGS', '') + ' --xla_cpu_multi_thread_eigen=false')
+# Before jax starts its threads.
+import timing
 
 # pylint: disable=g-import-not-at-top
 import functools
 import importlib.util
-import json
-import platform
-import statistics
+import os
 import sys
-import time
 
 from absl import app
 from absl import flags
@@ -47,8 +38,6 @@ import bpjax
 import jax
 import jax.numpy as jnp
 import optax
-import rich.console
-import rich.table
 
 _WORKLOADS = flags.DEFINE_list(
     'workloads', ['w1', 'w2', 'w3'], 'Which to run.')
@@ -152,26 +141,6 @@ def rule_step(model, x, y, rule):
   return step, (learned, own, tx.init(learned), jax.random.key(5))
 
 
-class Compiled:
-  """A step of ours, compiled: takes itself further."""
-
-  def __init__(self, step, carry):
-    # Donated; others start from it, too.
-    self._carry = jax.tree.map(jnp.copy, carry)
-    compiled = jax.jit(step, donate_argnums=0).lower(self._carry).compile()
-    self._run = compiled
-    self.facts = {
-        'temporaries_mib':
-            compiled.memory_analysis().temp_size_in_bytes / 2**20,
-        'gflop': compiled.cost_analysis()['flops'] / 1e9}
-    self.advance(1)
-
-  def advance(self, steps):
-    for _ in range(steps):
-      self._carry, _ = self._run(self._carry)
-    jax.block_until_ready(self._carry)
-
-
 class Torch:
   """A step of PyTorch: plain, or a rule of BioTorch's."""
 
@@ -228,40 +197,14 @@ def has_biotorch() -> bool:
   return all(map(importlib.util.find_spec, ('torch', 'biotorch')))
 
 
-def measure(steps: dict, rounds: int) -> list[dict]:
-  """Makes each step, runs them in turns, and sums up."""
-  running = {name: (make(), []) for name, make in steps.items()}
-  for _ in range(rounds):
-    for step, times in running.values():
-      begin = time.perf_counter()
-      step.advance(3)
-      times.append((time.perf_counter() - begin) / 3)
-
-  def row(name, step, times):
-    reference = 'torch' if isinstance(step, Torch) else 'plain'
-    return {
-        'rule': name, 'milliseconds': 1e3 * statistics.median(times),
-        'ratio': statistics.median(
-            a / b for a, b in zip(times, running[reference][1])),
-        **step.facts}
-
-  return [row(name, *entry) for name, entry in running.items()]
+def _reference(name, step):
+  """What a row's time is divided by."""
+  del name
+  return 'torch' if isinstance(step, Torch) else 'plain'
 
 
 def _ours(model, x, y, rule):
-  return Compiled(*rule_step(model, x, y, rule))
-
-
-def machine() -> str:
-  """The processor's name, and how much of it is used."""
-  if jax.default_backend() != 'cpu':
-    return jax.devices()[0].device_kind
-  name = platform.processor() or platform.machine()
-  if os.path.exists('/proc/cpuinfo'):
-    with open('/proc/cpuinfo', encoding='utf-8') as file:
-      name = next((line.split(':')[1].strip() for line in file
-                   if line.startswith('model name')), name)
-  return f'{name}, one core'
+  return timing.Compiled(*rule_step(model, x, y, rule))
 
 
 def main(argv: list[str]) -> None:
@@ -271,13 +214,12 @@ def main(argv: list[str]) -> None:
     print(f'error: unknown workload {sorted(unknown)[0]!r}; known: '
           f'{", ".join(_MODELS)}', file=sys.stderr)
     sys.exit(2)
-  console = rich.console.Console(width=100)
   results = {}
   if not has_biotorch():
     print('without BioTorch, which is not installed; see --help')
   for name in _WORKLOADS.value:
     model, x, y = workload(name)
-    steps = {'plain': lambda: Compiled(*plain_step(model, x, y))}  # pylint: disable=cell-var-from-loop
+    steps = {'plain': lambda: timing.Compiled(*plain_step(model, x, y))}  # pylint: disable=cell-var-from-loop
     for label, arguments in _RULES.items():
       kind = label.split()[0]
       if kind in _NOT_W3 and name == 'w3':
@@ -289,23 +231,10 @@ def main(argv: list[str]) -> None:
       steps['torch'] = functools.partial(Torch, name, '', x, y)
       for kind in _BIOTORCH:
         steps[f'biotorch {kind}'] = functools.partial(Torch, name, kind, x, y)
-    results[name] = measure(steps, _ROUNDS.value)
-    table = rich.table.Table(
-        'step', 'ms', 'ratio', 'temporaries, MiB', 'GFLOP',
-        title=f'{name} on {machine()}, jax {jax.__version__}')
-    for row in results[name]:
-      table.add_row(
-          row['rule'], f'{row["milliseconds"]:.2f}', f'{row["ratio"]:.3f}',
-          *('-' if row[fact] is None else f'{row[fact]:.3f}'
-            for fact in ('temporaries_mib', 'gflop')))
-    console.print(table)
+    results[name] = timing.measure(steps, _ROUNDS.value, _reference)
+    timing.show(name, results[name])
   if _OUTPUT.value:
-    with open(_OUTPUT.value, 'w', encoding='utf-8') as file:
-      json.dump({
-          'command': ' '.join(
-              ['python benchmarks/step_time.py', *sys.argv[1:]]),
-          'machine': machine(), 'jax': jax.__version__,
-          'rounds': _ROUNDS.value, 'workloads': results}, file, indent=1)
+    timing.write(_OUTPUT.value, 'step_time.py', _ROUNDS.value, results)
 
 
 if __name__ == '__main__':

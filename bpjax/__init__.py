@@ -8,6 +8,7 @@ from bpjax import paths
 from bpjax import replicated
 from bpjax import rules
 from bpjax import testing
+from bpjax import variants
 from bpjax.alignment import alignment
 from bpjax.base import Activations
 from bpjax.base import Alignment
@@ -21,5 +22,6 @@ from bpjax.bottleneck import bottleneck
 from bpjax.linen import from_linen
 from bpjax.local import local
 from bpjax.nnx import from_nnx
+from bpjax.variants import variant
 
 __version__ = '0.1.0'

@@ -144,6 +144,10 @@ def local(
     raise ValueError(
         "`epsilon` must be 0 with `stop='branch'`, got "
         f'{rule.epsilon}: a difference does not stop inside a block.')
+  if loss is not None and loss.constants and getattr(rule, 'epsilon', 0):
+    raise ValueError(
+        f'`epsilon` must be 0 with the {loss.name} loss, got {rule.epsilon}: '
+        'what it holds constant would move in a difference.')
   if head_scale < 0:
     raise ValueError(f'`head_scale` must be at least 0, got {head_scale}.')
   return Local(

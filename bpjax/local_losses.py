@@ -12,6 +12,8 @@ import math
 from typing import Any
 
 from bpjax import base
+from bpjax import blocks
+from bpjax import replicated
 import jax
 import jax.numpy as jnp
 
@@ -28,11 +30,14 @@ class LocalLoss:
     predict: `(head, features) -> prediction`, whose error ports bring to units.
     loss: `(prediction, y, default) -> losses [batch, ...]`; `default` is the
       loss of the model's output.
+    constants: whether a loss holds something constant that moves with its
+      input, as a stop-gradient does; finite differences would not.
   """
   name: str
   init: Callable[[base.Key, Any, Any], base.Tree]
   predict: Callable[[base.Tree, base.Array], Any]
   loss: Callable[[Any, Any, base.Loss], base.Array]
+  constants: bool = False
 
 
 def prediction(
@@ -189,6 +194,86 @@ def prediction_and_similarity(
     return (1 - share) * apart[0] + share * apart[1]
 
   return LocalLoss('prediction_and_similarity', init, predict, loss)
+
+
+def contrastive(
+    dim: int = 128, temperature: float = .5, negatives: str = 'other',
+    scale: float = 1.) -> LocalLoss:
+  r"""Two views of an image shall look alike, and unlike those of others.
+
+  The batch holds two views of each image: examples n and n + N / 2 are of the
+  same one. With u the projection :math:`\bar h W` of the pooled features, of
+  length 1, and v that of the other view of the same image,
+
+  .. math::
+    \ell_n = -\log \frac{\exp(u_n \cdot v_n / T)}
+      {\sum_j \exp(u_n \cdot v_j / T)}
+
+  in which only :math:`u_n` moves: the other view and all that is in the
+  denominator are constants, as in `bpjax.replicated.info_nce`, so that the loss
+  of an example depends on no other for any derivative. Labels are not read.
+
+  Scaling forward gradient with local losses, Ren, Kornblith, Liao and Hinton,
+  ICLR 2023 (https://arxiv.org/abs/2210.03310); the loss is that of A simple
+  framework for contrastive learning of visual representations, Chen, Kornblith,
+  Norouzi and Hinton, ICML 2020 (https://arxiv.org/abs/2002.05709).
+
+  Args:
+    dim: of the projection; 128 in the paper.
+    temperature: T; .5 in the paper.
+    negatives: 'other' (the j are examples of the other view alone) or 'both'
+      (those of the same view, but n itself, as well).
+    scale: factor on the standard deviation of W, :math:`1/\sqrt{channels}`.
+
+  Returns:
+    A `LocalLoss`; its head is `{'kernel': [channels, dim]}`, its losses, in
+    nats, are `[N]`.
+
+  Raises:
+    ValueError: for a value out of range; when traced, for an odd N.
+
+  Example:
+    >>> import jax, jax.numpy as jnp
+    >>> local = contrastive(dim=4)
+    >>> h = jax.random.normal(jax.random.key(0), (6, 5, 5, 8))
+    >>> head = local.init(jax.random.key(1), h, jnp.ones((6, 3)))
+    >>> local.loss(local.predict(head, h), None, None).shape
+    (6,)
+  """
+  blocks.check_sizes('dim', dim)
+  blocks.check_choice('negatives', negatives, replicated.NEGATIVES)
+  if not temperature > 0:
+    raise ValueError(f'`temperature` must be positive, got {temperature}.')
+  if scale < 0:
+    raise ValueError(f'`scale` must be at least 0, got {scale}.')
+
+  def init(key, features, output):
+    del output
+    channels = features.shape[-1]
+    kernel = jax.random.normal(key, (channels, dim), features.dtype)
+    return {'kernel': scale / math.sqrt(channels) * kernel}
+
+  def predict(head, features):
+    if features.ndim > 2:
+      features = jnp.mean(features, axis=tuple(range(1, features.ndim - 1)))
+    return features @ head['kernel']
+
+  def loss(projection, y, default):
+    del y, default
+    if len(projection) % 2:
+      raise ValueError(
+          'a contrastive loss needs a batch of two views, examples n and n + '
+          f'N / 2 of one image, so an even number, got {len(projection)}.')
+    u = replicated.direction(replicated.gathered(projection))
+    views = jnp.split(u, 2)
+    fixed = [jax.lax.stop_gradient(v) for v in views]
+    both = lambda i: jnp.concatenate([fixed[1 - i], fixed[i]])
+    return jnp.concatenate([
+        replicated.contrast(
+            v, both(i) if negatives == 'both' else fixed[1 - i], temperature)
+        for i, v in enumerate(views)])
+
+  return LocalLoss('contrastive', init, predict, loss, constants=True)
 
 
 def cosines(z: base.Array) -> base.Array:

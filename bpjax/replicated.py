@@ -135,7 +135,7 @@ def info_nce(
         'is the other view of the same images.')
   views = (other, x) if negatives == 'both' else (other,)
   constants = jax.lax.stop_gradient(jnp.concatenate([
-      _gathered(_direction(_pool(v), head)) for v in views]))
+      gathered(direction(_affine(_pool(v), head))) for v in views]))
   return replicate(
       _info_nce, x, head, constants, temperature,
       placement=placement, head_scale=head_scale)
@@ -216,6 +216,60 @@ def group(x: base.Array, groups: int) -> base.Array:
       x.shape[0], math.prod(x.shape[1:-1]), groups, x.shape[-1] // groups)
 
 
+def direction(x: base.Array) -> base.Array:
+  """`x` `[batch, dim]` divided by the length of each row; 0 stays 0.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> direction(jnp.array([[0., 4.], [0., 0.]])).tolist()
+    [[0.0, 1.0], [0.0, 0.0]]
+  """
+  square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+  return x * jax.lax.rsqrt(jnp.maximum(square, 1e-12))
+
+
+def contrast(
+    directions: base.Array, constants: base.Array, temperature: float
+) -> base.Array:
+  """InfoNCE of directions whose own partners are rows of the same number.
+
+  Args:
+    directions: of one view, `[batch, dim]`.
+    constants: of the other view, `[batch, dim]`, or `[2 batch, dim]` with those
+      of the same view behind them, of which none is a negative of itself.
+    temperature: what cosines are divided by.
+
+  Returns:
+    Losses in nats, `[batch]`.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> round(float(contrast(jnp.eye(2), jnp.eye(2), 1.)[0]), 4)
+    0.3133
+  """
+  logits = directions @ constants.T / temperature
+  is_own = jnp.eye(*logits.shape, dtype=bool)
+  positive = jnp.sum(jnp.where(is_own, logits, 0), axis=-1)
+  # An example is no negative of itself, where its own view is among them.
+  is_itself = jnp.eye(*logits.shape, k=len(directions), dtype=bool)
+  logits = jnp.where(is_itself, -jnp.inf, logits)
+  return jax.nn.logsumexp(logits, axis=-1) - positive
+
+
+def gathered(x: base.Array) -> base.Array:
+  """`x`, whole on every device where its sharding is explicit.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> gathered(jnp.ones(2)).tolist()
+    [1.0, 1.0]
+  """
+  mesh = jax.typeof(x).sharding.mesh
+  if jax.sharding.AxisType.Explicit not in mesh.axis_types:
+    return x
+  return jax.sharding.reshard(x, jax.sharding.PartitionSpec())
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
 def _replicated(loss, shape, scale, x, head, targets):
   del scale
@@ -260,33 +314,12 @@ def _affine(z, head):
   return out + head['bias'] if 'bias' in head else out
 
 
-def _direction(z, head):
-  """The projection of `z`, of length 1 (0 stays 0)."""
-  out = _affine(z, head)
-  square = jnp.sum(jnp.square(out), axis=-1, keepdims=True)
-  return out * jax.lax.rsqrt(jnp.maximum(square, 1e-12))
-
-
 def _cross_entropy(z, head, labels):
   return losses_lib.softmax_cross_entropy(_affine(z, head), labels)
 
 
 def _info_nce(z, head, constants, temperature):
-  logits = _direction(z, head) @ constants.T / temperature
-  is_own = jnp.eye(*logits.shape, dtype=bool)
-  positive = jnp.sum(jnp.where(is_own, logits, 0), axis=-1)
-  # An example is no negative of itself, where its own view is among them.
-  is_itself = jnp.eye(*logits.shape, k=len(z), dtype=bool)
-  logits = jnp.where(is_itself, -jnp.inf, logits)
-  return jax.nn.logsumexp(logits, axis=-1) - positive
-
-
-def _gathered(x):
-  """`x`, whole on every device where its sharding is explicit."""
-  mesh = jax.typeof(x).sharding.mesh
-  if jax.sharding.AxisType.Explicit not in mesh.axis_types:
-    return x
-  return jax.sharding.reshard(x, jax.sharding.PartitionSpec())
+  return contrast(direction(_affine(z, head)), constants, temperature)
 
 
 def _check_features(x):

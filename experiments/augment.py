@@ -15,6 +15,7 @@ and one for its columns, so that all of a batch is two batched products.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import math
 from typing import NamedTuple
 
@@ -61,6 +62,61 @@ class View(NamedTuple):
 
 FIRST = View()
 SECOND = View(blur=.1, solarise=.2)
+
+
+# `(key, images) -> images [views * batch, ...]`, one view after the other.
+Augment = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def crop_flip(padding: int = 4) -> Augment:
+  """Images moved by up to `padding` pixels and flipped: one view.
+
+  Raises:
+    ValueError: for a padding that is no whole number of at least 0.
+
+  Example:
+    >>> augment = crop_flip()
+    >>> augment(jax.random.key(0), jnp.ones((2, 8, 8, 3))).shape
+    (2, 8, 8, 3)
+  """
+  _check_padding(padding)
+
+  def augment(key, images):
+    crop_key, flip_key = jax.random.split(key)
+    return random_flip(flip_key, random_pad_crop(crop_key, images, padding))
+
+  return augment
+
+
+def contrastive(area: float = .08) -> Augment:
+  """`two_views` of every image; without what changes colours for gray images.
+
+  Args:
+    area: the least share of the image that a view shows; .08 in SimCLR, .3 to
+      .5 in the text of Scaling forward gradient with local losses.
+
+  Raises:
+    ValueError: for an `area` outside (0, 1].
+
+  Example:
+    >>> augment = contrastive(area=.3)
+    >>> augment(jax.random.key(0), jnp.ones((2, 8, 8, 1))).shape
+    (4, 8, 8, 1)
+  """
+  _check_range('area', (area, 1.), 1.)
+
+  def augment(key, images):
+    changes = {'area': (area, 1.)}
+    if images.shape[-1] == 1:
+      changes |= {'jitter': 0., 'grayscale': 0.}
+    views = two_views(
+        key, images, FIRST._replace(**changes), SECOND._replace(**changes))
+    return jnp.concatenate(views)
+
+  return augment
+
+
+AUGMENTS = {'crop_flip': crop_flip, 'contrastive': contrastive}
 
 
 def two_views(
@@ -222,9 +278,7 @@ def random_pad_crop(
     (2, 8, 8, 3)
   """
   _check_images(images)
-  if int(padding) != padding or padding < 0:
-    raise ValueError(
-        f'`padding` must be a whole number of at least 0, got {padding}.')
+  _check_padding(padding)
   edge = (padding, padding)
   padded = jnp.pad(images, ((0, 0), edge, edge, (0, 0)))
   start = jax.random.randint(key, (len(images), 2), 0, 2 * padding + 1)
@@ -549,6 +603,12 @@ def _check_images(images):
     raise ValueError(
         '`images` must be floats [batch, height, width, channels] in [0, 1], '
         f'got {images.dtype}{list(images.shape)}; divide bytes by 255.')
+
+
+def _check_padding(padding):
+  if int(padding) != padding or padding < 0:
+    raise ValueError(
+        f'`padding` must be a whole number of at least 0, got {padding}.')
 
 
 def _check_colors(images):

@@ -2,7 +2,8 @@
 
 A config file is a Python file with `get_config()` that starts from `default()`
 and changes what it needs. On the command line, `--config.FIELD=VALUE` overrides
-a field; `rule_args`, `model_args` and `mesh` take new keys as well.
+a field; `rule_args`, `model_args`, `augment_args` and `mesh` take new keys as
+well.
 """
 
 from __future__ import annotations
@@ -23,11 +24,14 @@ import ml_collections
 from ml_collections import config_flags
 
 LOSSES = ('cross_entropy', 'sigmoid_cross_entropy', 'squared_error')
-OPTIMIZERS = ('sgd', 'momentum', 'nesterov', 'adam', 'adamw', 'rmsprop')
+OPTIMIZERS = (
+    'sgd', 'momentum', 'nesterov', 'adam', 'adamw', 'rmsprop', 'lars')
 PREPROCESSING = ('', 'gcn', 'gcn_zca')
 SCHEDULES = ('constant', 'cosine', 'linear', 'polynomial')
-_FREE = ('rule_args', 'model_args', 'mesh')  # Fields that take new keys.
+AUGMENTS = ('', 'crop_flip', 'contrastive')
+_FREE = ('rule_args', 'model_args', 'augment_args', 'mesh')  # Fields that take new keys.
 _CHOICES = {
+    'augment': AUGMENTS,
     'loss': LOSSES,
     'reduction': ('mean', 'sum'),
     'optimizer': OPTIMIZERS,
@@ -39,9 +43,10 @@ _CHOICES = {
 }
 _AT_LEAST = {
     'alignment_every': 0, 'batch_size': 1, 'checkpoint_every': 0,
-    'clip_norm': 0, 'epochs': 1, 'eval_batch_size': 1,
+    'clip_norm': 0, 'contrastive_dim': 1, 'contrastive_temperature': 0,
+    'epochs': 1, 'eval_batch_size': 1,
     'feedback_learning_rate': 0, 'final_learning_rate': 0, 'input_noise': 0,
-    'keep_checkpoints': 1, 'learning_rate': 0, 'log_every': 0,
+    'keep_checkpoints': 1, 'l2': 0, 'learning_rate': 0, 'log_every': 0,
     'mirror_every': 1, 'mirror_first': 0, 'momentum': 0, 'schedule_power': 0,
     'seed': 0, 'steps_per_call': 0, 'train_examples': 0, 'validation': 0,
     'warmup_epochs': 0, 'weight_decay': 0, 'zca_epsilon': 0,
@@ -57,8 +62,10 @@ def default() -> ml_collections.ConfigDict:
   """
   config = ml_collections.ConfigDict()
   # What is trained, how it learns, and on what.
-  config.rule = 'backprop'  # A name of bpjax.rules.names().
-  config.rule_args = {}  # The rule's own arguments: rule_args.scale = .5.
+  # A name of bpjax.rules.names(), or of bpjax.variants.names() for models made
+  # of blocks; and the arguments of the rule or of `bpjax.variant`.
+  config.rule = 'backprop'
+  config.rule_args = {}  # Such as rule_args.scale = .5.
   # Triples (path pattern, rule, its arguments) that come before `rule`, as in
   # (('*/boundary', 'feedback_alignment', {'scale': .5}),); the first that
   # matches a unit wins, and `rule` trains those that none does.
@@ -68,6 +75,9 @@ def default() -> ml_collections.ConfigDict:
   # Globs for modules whose outputs are units, too, such as 'stage_*/block_*':
   # what direct feedback brings there replaces all that arrives.
   config.boundaries = ()
+  # Globs for modules that are units as a whole, such as 'block_*/*': an affine
+  # operation with its norm or nonlinearity; noise comes after all of it.
+  config.units = ()
   config.dataset = 'digits'  # 'digits', or the name of a TFDS data set.
   config.data_dir = ''  # The TFDS directory; '': the variable TFDS_DATA_DIR.
   config.validation = 0  # Training examples set apart for validation.
@@ -82,11 +92,22 @@ def default() -> ml_collections.ConfigDict:
   config.preprocessing = ''
   config.zca_epsilon = .1  # Added to the covariance's eigenvalues.
   config.input_noise = 0.  # Deviation of Gaussian noise on inputs, in training.
+  # What a step does to the images of its batch, on the device; its random numbers
+  # are a function of seed and step. 'crop_flip': moved by up to
+  # `augment_args.padding` pixels (4), and flipped; 'contrastive': two views of
+  # every image, cropped to `augment_args.area` (.08) of it at least, flipped,
+  # jittered, blurred and solarised. The blocks of a variant then learn to tell
+  # the views of one image, the readout alone the labels.
+  config.augment = ''
+  config.augment_args = {}
+  config.contrastive_dim = 128  # Of the projection that views are compared in.
+  config.contrastive_temperature = .5
 
   # The optimisation. A weight decay w shrinks every parameter, and feedback
   # that is trained, at every step: by `learning_rate * w` of itself under
   # adamw, by `w` of itself (after the learning rate, which Kolen-Pollack's law
-  # needs) under all others.
+  # needs) under all others. `l2` is the other kind, and of kernels alone: `l2`
+  # times W is added to the gradient, before whatever the optimiser makes of it.
   config.epochs = 10
   config.batch_size = 128  # Over all devices; an epoch's remainder is dropped.
   config.loss = 'cross_entropy'  # Or another of LOSSES, on one-hot labels.
@@ -97,16 +118,23 @@ def default() -> ml_collections.ConfigDict:
   config.bottleneck = ()
   # Path patterns of parameters and feedback that keep their first values.
   config.frozen = ()
-  config.optimizer = 'adam'  # sgd, momentum, nesterov, adam, adamw, rmsprop.
+  # sgd, momentum, nesterov, adam, adamw, rmsprop, lars. LARS scales the step of
+  # each kernel to its norm, not those of biases. Rates are taken as they are:
+  # for a linear scaling with the batch, give rate * batch_size / 256.
+  config.optimizer = 'adam'
   config.learning_rate = 1e-3
+  # Pairs (path pattern, factor) on the updates of some parameters, decay
+  # included, such as (('readout', .1),); the first that matches wins.
+  config.learning_rate_by_path = ()
   # 'cosine', 'linear' or 'polynomial': falls to `final_learning_rate`, as
   # half a cosine, or as the remaining share of steps to `schedule_power`.
   config.schedule = 'constant'
   config.schedule_power = 1.
   config.final_learning_rate = 0.
   config.warmup_epochs = 0.  # The rate rises linearly from 0 over these.
-  config.momentum = .9  # Of momentum and nesterov.
+  config.momentum = .9  # Of momentum, nesterov and lars.
   config.weight_decay = 0.
+  config.l2 = 0.
   config.clip_norm = 0.  # Largest norm of all updates together; 0: any.
   config.feedback_optimizer = ''  # Of feedback that is trained; '': the same.
   config.feedback_learning_rate = 0.  # Of that optimizer; 0: learning_rate.
@@ -174,7 +202,7 @@ def check(config: ml_collections.ConfigDict) -> None:
         '`final_learning_rate` must be at most `learning_rate`, '
         f'{config.learning_rate}, and 0 under a constant `schedule`, got '
         f'{config.final_learning_rate}; choose another schedule or rate.')
-  for field in ('schedule_power', 'zca_epsilon'):
+  for field in ('schedule_power', 'zca_epsilon', 'contrastive_temperature'):
     if not config[field]:
       raise ValueError(f'`{field}` must be positive, got 0.')
   if config.preprocessing and (config.pixel_mean or config.pixel_std):
@@ -191,12 +219,19 @@ def check(config: ml_collections.ConfigDict) -> None:
   for field, example in (
       ('sharding', ('*/kernel', (None, 'model'))),
       ('reduction_by_path', ('Dense_0', 'sum')),
+      ('learning_rate_by_path', ('readout', .1)),
       ('bottleneck', ('Dense_0', 10))):
     for pair in config[field]:
       if len(pair) != 2 or not isinstance(pair[0], str):
         raise ValueError(
             f'`{field}` must be a list of pairs that begin with a path '
             f'pattern, such as {example}, got {pair!r}.')
+  for pattern, factor in config.learning_rate_by_path:
+    if not (isinstance(factor, (int, float)) and 0 <= factor < math.inf):
+      raise ValueError(
+          '`learning_rate_by_path` must hold factors of at least 0, got '
+          f'{factor!r} for {pattern!r}.')
+  _check_augment(config)
   for part in config.rule_by_path:
     if not (len(part) == 3 and isinstance(part[0], str)
             and isinstance(part[1], str) and isinstance(part[2], Mapping)):
@@ -211,12 +246,30 @@ def check(config: ml_collections.ConfigDict) -> None:
       raise ValueError(
           f'`{field}` must be finite numbers, positive ones for `pixel_std`, '
           f'got {config[field]!r}; leave it empty to measure it.')
-  for field, example in (('frozen', 'Dense_0'), ('boundaries', 'block_*')):
+  for field, example in (
+      ('frozen', 'Dense_0'), ('boundaries', 'block_*'), ('units', 'block_*/*')):
     if isinstance(config[field], str) or not all(
         isinstance(pattern, str) for pattern in config[field]):
       raise ValueError(
           f'`{field}` must be a list of path patterns, such as ({example!r},), '
           f'got {config[field]!r}.')
+
+
+def _check_augment(config):
+  """Raises ValueError for what cannot go with augmented images."""
+  if config.augment_args and not config.augment:
+    raise ValueError(
+        '`augment_args` needs `augment`, which is empty, got '
+        f'{config.augment_args.to_dict()}; set it, or leave them out.')
+  if config.augment and config.preprocessing:
+    raise ValueError(
+        '`augment` works on images in [0, 1] and must be empty with '
+        f'`preprocessing`, got {config.augment!r} and '
+        f'{config.preprocessing!r}; leave one out.')
+  if config.augment == 'contrastive' and config.particles:
+    raise ValueError(
+        "`augment` must not be 'contrastive' with `particles`, which keep one "
+        'state of each image and not of each view; leave one out.')
 
 
 def arguments(

@@ -47,6 +47,8 @@ def build(
     # Joint over both: clipped apart, W and B would move by different multiples
     # of one update, which breaks Kolen-Pollack's law.
     tx = optax.chain(optax.clip_by_global_norm(config.clip_norm), tx)
+  if config.learning_rate_by_path:
+    tx = optax.chain(tx, _scaled(config.learning_rate_by_path))
   if config.frozen:
     tx = optax.multi_transform(
         {True: optax.set_to_zero(), False: tx},
@@ -60,15 +62,52 @@ def frozen(patterns: tuple[str, ...], tree: Any) -> Any:
   Raises:
     ValueError: for a pattern that matches nothing.
   """
+  _check_patterns('frozen', patterns, tree)
+  return paths.map_with_name(
+      lambda name, _: any(
+          paths.matches(p, name.partition('/')[2]) for p in patterns), tree)
+
+
+def _check_patterns(field, patterns, tree):
+  """Raises ValueError for a pattern that matches no leaf."""
   names = [name.partition('/')[2] for name in paths.leaf_names(tree)]
   for pattern in patterns:
     if not any(paths.matches(pattern, name) for name in names):
       raise ValueError(
-          f'`frozen` has the pattern {pattern!r}, which matches no parameter; '
+          f'`{field}` has the pattern {pattern!r}, which matches no parameter; '
           f'{paths.nearest(pattern, names)}.')
+
+
+def _scaled(factors):
+  """A transformation: each update times the first factor that matches."""
+  factors = tuple((pattern, factor) for pattern, factor in factors)
+
+  def scale(name, update):
+    name = name.partition('/')[2]
+    return next((
+        factor * update for pattern, factor in factors
+        if paths.matches(pattern, name)), update)
+
+  def update(updates, state, params=None):
+    del params
+    return paths.map_with_name(scale, updates), state
+
+  def init(params):
+    _check_patterns('learning_rate_by_path', dict(factors), params)
+    return optax.EmptyState()
+
+  return optax.GradientTransformation(init, update)
+
+
+def kernels(tree: Any) -> Any:
+  """Which leaves are weights: those called `kernel`, not biases and scales.
+
+  Example:
+    >>> kernels({'kernel': 1., 'bias': 2.})
+    {'bias': False, 'kernel': True}
+  """
   return paths.map_with_name(
-      lambda name, _: any(
-          paths.matches(p, name.partition('/')[2]) for p in patterns), tree)
+      lambda name, _: name.rpartition('/')[2] == 'kernel', tree)
 
 
 def trained(trainable: Any, feedback: Any) -> Any:
@@ -93,15 +132,21 @@ def _label_collections(tree):
 
 def _optimizer(name, learning_rate, config, steps_per_epoch):
   rate = _schedule(config, learning_rate, steps_per_epoch)
+  l2 = optax.add_decayed_weights(config.l2, kernels)
   if name == 'adamw':
-    return optax.adamw(rate, weight_decay=config.weight_decay)
+    tx = optax.adamw(rate, weight_decay=config.weight_decay)
+    return optax.chain(l2, tx) if config.l2 else tx
   tx = {
       'sgd': lambda: optax.sgd(rate),
       'momentum': lambda: optax.sgd(rate, config.momentum),
       'nesterov': lambda: optax.sgd(rate, config.momentum, nesterov=True),
       'adam': lambda: optax.adam(rate),
       'rmsprop': lambda: optax.rmsprop(rate),
+      'lars': lambda: optax.lars(
+          rate, trust_ratio_mask=kernels, momentum=config.momentum),
   }[name]()
+  if config.l2:
+    tx = optax.chain(l2, tx)
   if config.weight_decay:
     # Last in the chain, so after the learning rate: W <- W + step - decay * W.
     tx = optax.chain(tx, optax.add_decayed_weights(-config.weight_decay))

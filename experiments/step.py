@@ -29,7 +29,8 @@ class Window(NamedTuple):
 
   Attributes:
     loss: sum of the steps' mean losses, [].
-    correct: number of examples that were classified correctly, [].
+    correct: number of examples that were classified correctly, of every view
+      of each, [].
     steps: number of steps, [].
   """
   loss: jax.Array
@@ -85,6 +86,8 @@ class Learner:
     mirror_first: steps of it alone before the first one.
     examples: number of training examples whose particles are kept; 0: of none.
     input_noise: standard deviation of the noise that a step adds to its inputs.
+    augment: `(key, images in [0, 1]) -> images [views * batch, ...]`, or None.
+    views: how many of each image there are then, one after the other.
   """
   net: Any
   rule: Any
@@ -100,6 +103,8 @@ class Learner:
   mirror_first: int = 0
   examples: int = 0
   input_noise: float = 0.
+  augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+  views: int = 1
 
   def init(self) -> TrainState:
     """The state before the first step."""
@@ -201,8 +206,9 @@ class Learner:
     """
     learn = self.rule.value_and_grad(
         self.net, self.loss, reduction=self.reduction)
-    _, _, key, _, noise_key = self._keys()
-    x = self._normalise(images)
+    _, _, key, _, noise_key, augment_key = self._keys()
+    x, labels = self._augmented(
+        jax.random.fold_in(augment_key, state.step), images, labels)
     if self.input_noise:
       x += self.input_noise * jax.random.normal(
           jax.random.fold_in(noise_key, state.step), x.shape, x.dtype)
@@ -262,21 +268,30 @@ class Learner:
   ) -> dict[str, Any]:
     """Alignment with backprop on one batch: unit -> `bpjax.Alignment`."""
     align = bpjax.alignment(self.net, self.loss, self.rule)
-    _, _, _, key, _ = self._keys()
+    _, _, _, key, _, augment_key = self._keys()
+    # Views of its own that stay the same, as the batch does.
+    x, labels = self._augmented(augment_key, images, labels)
     return align(
-        {'params': state.params, **state.model_state}, state.feedback,
-        self._normalise(images), labels,
+        {'params': state.params, **state.model_state}, state.feedback, x, labels,
         key=jax.random.fold_in(key, state.step))
 
   def _keys(self):
     # The first ones do not depend on how many there are.
-    return jax.random.split(jax.random.key(self.seed), 5)
+    return jax.random.split(jax.random.key(self.seed), 6)
 
   def _batch(self, data, i):
     if 'order' not in data:
       return data['image'][i], data['label'][i], None
     index = self._split(data['order'][i])
     return data['image'][index], data['label'][index], index
+
+  def _augmented(self, key, images, labels):
+    """The inputs of a training step, and the label of each."""
+    if self.augment is None:
+      return self._normalise(images), labels
+    images = self._split(data_lib.normalise(images, 0., 1.))
+    labels = self._split(jnp.tile(labels, self.views))
+    return self._normalise(self.augment(key, images)), labels
 
   def _normalise(self, images):
     return self._split(data_lib.normalise(images, self.mean, self.std))

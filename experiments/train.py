@@ -14,6 +14,8 @@ import time
 from typing import Any
 
 import bpjax
+from bpjax import paths
+from experiments import augment as augment_lib
 from experiments import checkpoint
 from experiments import config as config_lib
 from experiments import data as data_lib
@@ -102,8 +104,10 @@ def setup(
   feed = feed_lib.make(dataset.train, config.batch_size, config.seed, mesh)
   net = bpjax.from_linen(
       make_model(**{'num_classes': dataset.num_classes} | model_args),
+      is_unit=functools.partial(_is_unit, tuple(config.units)),
       boundaries=config.boundaries)
   outputs = _check_labels(net, dataset, config.batch_size)
+  _check_units(net, config.units)
   learner = step_lib.Learner(
       net=net, rule=rule, loss=step_lib.loss_function(config.loss, outputs),
       reduction=_reduction(config),
@@ -113,7 +117,9 @@ def setup(
       std=_pixels(config, 'pixel_std', dataset.std), seed=config.seed,
       mesh=mesh,
       mirror_every=config.mirror_every, mirror_first=config.mirror_first,
-      examples=_particles(config, dataset), input_noise=config.input_noise)
+      examples=_particles(config, dataset), input_noise=config.input_noise,
+      augment=_augment(config),
+      views=2 if config.augment == 'contrastive' else 1)
   like = _placed(jax.eval_shape(learner.init), learner, config)
   most, programs = _compile(config, learner, feed, like)
   return Run(
@@ -202,6 +208,17 @@ def evaluate(
 
 def _rule(config):
   """The rule of the config, or rules by path with it for what is left."""
+  if config.rule in bpjax.variants.names():
+    return _variant(config)
+  if config.rule not in bpjax.rules.names():
+    known = [*bpjax.rules.names(), *bpjax.variants.names()]
+    raise ValueError(
+        '`rule` must be the name of a learning rule or of a variant, got '
+        f'{config.rule!r}; {paths.nearest(config.rule, known)}.')
+  if config.augment == 'contrastive':
+    raise ValueError(
+        "`augment` must not be 'contrastive' with a rule that learns labels, "
+        f'got {config.rule!r}; take one of {", ".join(bpjax.variants.names())}.')
   make = bpjax.rules.get(config.rule)
   rule = make(**config_lib.arguments(make, config, 'rule_args'))
   if not config.rule_by_path:
@@ -213,6 +230,47 @@ def _rule(config):
         **config_lib.checked(make, given, f'rule_by_path[{pattern!r}]'))
   rules.setdefault('*', rule)
   return bpjax.rules.by_path(rules)
+
+
+def _variant(config):
+  """The variant that `config.rule` names."""
+  if config.rule_by_path:
+    raise ValueError(
+        '`rule_by_path` must be empty with a variant, which trains the whole '
+        f'network, got {config.rule!r}; choose a rule, or leave it out.')
+  given = config_lib.arguments(bpjax.variant, config, 'rule_args')
+  for name in ('name', 'loss'):
+    if name in given:
+      raise ValueError(
+          f'`rule_args.{name}` must be left out, got {given[name]!r}: `rule` '
+          'is the name, and `augment` chooses the loss.')
+  if config.augment == 'contrastive':
+    given['loss'] = bpjax.local_losses.contrastive(
+        config.contrastive_dim, config.contrastive_temperature)
+  return bpjax.variant(config.rule, **given)
+
+
+def _augment(config):
+  """What a step does to its images, or None."""
+  if not config.augment:
+    return None
+  make = augment_lib.AUGMENTS[config.augment]
+  return make(**config_lib.arguments(make, config, 'augment_args'))
+
+
+def _is_unit(globs, module):
+  """Whether a module is a unit as a whole."""
+  path = '/'.join(module.scope.path)
+  return any(paths.is_module(glob, path) for glob in globs)
+
+
+def _check_units(net, globs):
+  """Raises ValueError for a glob of `units` without a module."""
+  for glob in globs:
+    if not any(paths.is_module(glob, unit) for unit in net.units):
+      raise ValueError(
+          f'`units` has the glob {glob!r}, which fits no module; the units are: '
+          f'{", ".join(net.units)}.')
 
 
 def _pixels(config, field, measured):
@@ -359,7 +417,8 @@ def _report(run, state, step, speed):
   epoch_ends = step % run.feed.steps_per_epoch == 0
   if epoch_ends or run.is_due('log_every', step):
     window = jax.device_get(state.window)
-    examples = window.steps * run.config.batch_size
+    examples = (
+        window.steps * run.config.batch_size * run.learner.views)
     lines.append(_line(
         run, step, 'train', loss=window.loss / window.steps,
         accuracy=window.correct / examples))

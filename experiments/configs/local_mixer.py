@@ -1,0 +1,66 @@
+"""LocalMixer and eleven ways to train it, which differ in one field: `rule`.
+
+  python -m experiments.main \
+      --config=experiments/configs/local_mixer.py:LG-FG-A:m/1/16:mnist \
+      --workdir=runs/local_mixer
+
+Scaling forward gradient with local losses, Ren, Kornblith, Liao and Hinton,
+ICLR 2023 (https://arxiv.org/abs/2210.03310), Table 3. What follows the first
+colon is a variant (`bpjax.variants.names()`), then a size of
+`bpjax.models.local_mixer`, then the data set: any of one channel or three whose
+images the patches divide. No augmentation, and 2,000 training examples for
+validation.
+
+The paper gives settings for ImageNet alone. Here: Adam with a cosine, batches of
+128, the same rate for all. After a third colon, another rate: an index into
+`CANDIDATES`, which `scripts/local_fg_search.py` tried for each variant, or
+'chosen' for the one whose validation accuracy was best (`CHOSEN`).
+
+Data are read from --config.data_dir or TFDS_DATA_DIR.
+"""
+
+import bpjax
+from bpjax.models.local_mixer import SIZES
+from experiments import config as config_lib
+
+# Learning rates of Adam that were tried, the same for all variants.
+CANDIDATES = (1e-4, 3e-4, 1e-3, 3e-3)
+# (size, data set) -> variant -> index of its best; results/local_fg_search.json.
+CHOSEN = {}
+_DEFAULT = 2
+EPOCHS = {'mnist': 10, 'cifar10': 60}
+
+
+def get_config(what: str = 'LG-FG-A:m/1/16:mnist'):
+  """The config of `VARIANT:SIZE:DATASET`, or with `:CANDIDATE` behind."""
+  variant, size, dataset, rate = (*what.split(':'), '', '', '')[:4]
+  if variant not in bpjax.variants.names() or size not in SIZES or not dataset:
+    raise ValueError(
+        'the config must be VARIANT:SIZE:DATASET, with a variant of '
+        f'{", ".join(bpjax.variants.names())} and a size of '
+        f'{", ".join(SIZES)}, got {what!r}.')
+  config = config_lib.default()
+  config.rule = variant
+  config.model = 'local_mixer'
+  config.model_args = {'size': size}
+  config.units = ('block_*/*',)  # With their norms: noise comes after these.
+  config.dataset = dataset
+  config.validation = 2000
+  config.epochs = EPOCHS.get(dataset, 10)
+  config.batch_size = 128
+  config.optimizer = 'adam'
+  config.learning_rate = CANDIDATES[candidate(variant, size, dataset, rate)]
+  config.schedule = 'cosine'
+  config.keep_checkpoints = 1
+  return config
+
+
+def candidate(variant: str, size: str, dataset: str, which: str) -> int:
+  """The index of a rate: '' for that of all, 'chosen', or a number as text."""
+  if which == 'chosen':
+    return CHOSEN.get((size, dataset), {}).get(variant, _DEFAULT)
+  if which and which not in map(str, range(len(CANDIDATES))):
+    raise ValueError(
+        "what follows the data set must be 'chosen' or a number below "
+        f'{len(CANDIDATES)}, got {which!r}.')
+  return int(which or _DEFAULT)

@@ -7,13 +7,12 @@
 Scaling forward gradient with local losses, Ren, Kornblith, Liao and Hinton,
 ICLR 2023 (https://arxiv.org/abs/2210.03310), Table 3. What follows the first
 colon is a variant (`bpjax.variants.names()`), then a size of
-`bpjax.models.local_mixer`, then the data set: any of one channel or three whose
-images the patches divide. No augmentation, and 2,000 training examples for
-validation.
+`bpjax.models.local_mixer`, then the data set, whose images the patches have to
+divide. No augmentation; 2,000 training examples are for validation.
 
 The paper gives settings for ImageNet alone. Here: Adam with a cosine, batches of
 128, the same rate for all. After a third colon, another rate: an index into
-`CANDIDATES`, which `scripts/local_fg_search.py` tried for each variant, or
+`CANDIDATES`, which `scripts/local_fg_search.py` tried for every variant, or
 'chosen' for the one whose validation accuracy was best (`CHOSEN`).
 
 Data are read from --config.data_dir or TFDS_DATA_DIR.
@@ -25,10 +24,10 @@ from experiments import config as config_lib
 
 # Learning rates of Adam that were tried, the same for all variants.
 CANDIDATES = (1e-4, 3e-4, 1e-3, 3e-3)
-# (size, data set) -> variant -> index of its best; results/local_fg_search.json.
+_DEFAULT = 2  # Of all variants.
+# SIZE:DATASET -> variant -> index of its best; results/local_fg_search.json.
 CHOSEN = {}
-_DEFAULT = 2
-EPOCHS = {'mnist': 10, 'cifar10': 60}
+EPOCHS = {'mnist': 10, 'cifar10': 4}
 
 
 def get_config(what: str = 'LG-FG-A:m/1/16:mnist'):
@@ -58,7 +57,10 @@ def get_config(what: str = 'LG-FG-A:m/1/16:mnist'):
 def candidate(variant: str, size: str, dataset: str, which: str) -> int:
   """The index of a rate: '' for that of all, 'chosen', or a number as text."""
   if which == 'chosen':
-    return CHOSEN.get((size, dataset), {}).get(variant, _DEFAULT)
+    # One size's choice serves the others on the same data.
+    of_data = {k.partition(':')[2]: v for k, v in CHOSEN.items()}
+    found = CHOSEN.get(f'{size}:{dataset}', of_data.get(dataset, {}))
+    return found.get(variant, _DEFAULT)
   if which and which not in map(str, range(len(CANDIDATES))):
     raise ValueError(
         "what follows the data set must be 'chosen' or a number below "

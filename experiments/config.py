@@ -123,9 +123,9 @@ def default() -> ml_collections.ConfigDict:
   # for a linear scaling with the batch, give rate * batch_size / 256.
   config.optimizer = 'adam'
   config.learning_rate = 1e-3
-  # Pairs (path pattern, factor) on the updates of some parameters, decay
-  # included, such as (('readout', .1),); the first that matches wins.
-  config.learning_rate_by_path = ()
+  # Triples (path pattern, optimizer, learning rate) that come before these, such
+  # as (('readout', 'momentum', .01),); the rate follows the same schedule.
+  config.optimizer_by_path = ()
   # 'cosine', 'linear' or 'polynomial': falls to `final_learning_rate`, as
   # half a cosine, or as the remaining share of steps to `schedule_power`.
   config.schedule = 'constant'
@@ -219,18 +219,20 @@ def check(config: ml_collections.ConfigDict) -> None:
   for field, example in (
       ('sharding', ('*/kernel', (None, 'model'))),
       ('reduction_by_path', ('Dense_0', 'sum')),
-      ('learning_rate_by_path', ('readout', .1)),
       ('bottleneck', ('Dense_0', 10))):
     for pair in config[field]:
       if len(pair) != 2 or not isinstance(pair[0], str):
         raise ValueError(
             f'`{field}` must be a list of pairs that begin with a path '
             f'pattern, such as {example}, got {pair!r}.')
-  for pattern, factor in config.learning_rate_by_path:
-    if not (isinstance(factor, (int, float)) and 0 <= factor < math.inf):
+  for part in config.optimizer_by_path:
+    if not (len(part) == 3 and isinstance(part[0], str)
+            and part[1] in OPTIMIZERS and isinstance(part[2], (int, float))
+            and 0 < part[2] < math.inf):
       raise ValueError(
-          '`learning_rate_by_path` must hold factors of at least 0, got '
-          f'{factor!r} for {pattern!r}.')
+          '`optimizer_by_path` must be a list of triples (path pattern, '
+          "optimizer, learning rate), such as ('readout', 'momentum', .01), got "
+          f'{part!r}; known: {", ".join(OPTIMIZERS)}.')
   _check_augment(config)
   for part in config.rule_by_path:
     if not (len(part) == 3 and isinstance(part[0], str)

@@ -31,6 +31,13 @@ def build(
   """
   tx = _optimizer(
       config.optimizer, config.learning_rate, config, steps_per_epoch)
+  if config.optimizer_by_path:
+    parts = {
+        i: _optimizer(name, rate, config, steps_per_epoch)
+        for i, (_, name, rate) in enumerate(config.optimizer_by_path)}
+    patterns = tuple(pattern for pattern, *_ in config.optimizer_by_path)
+    tx = optax.multi_transform(
+        {-1: tx, **parts}, functools.partial(_first_match, patterns))
   if config.feedback_optimizer or config.feedback_schedule == 'epochs':
     rate = config.feedback_learning_rate or config.learning_rate
     other = _optimizer(
@@ -47,8 +54,6 @@ def build(
     # Joint over both: clipped apart, W and B would move by different multiples
     # of one update, which breaks Kolen-Pollack's law.
     tx = optax.chain(optax.clip_by_global_norm(config.clip_norm), tx)
-  if config.learning_rate_by_path:
-    tx = optax.chain(tx, _scaled(config.learning_rate_by_path))
   if config.frozen:
     tx = optax.multi_transform(
         {True: optax.set_to_zero(), False: tx},
@@ -78,25 +83,13 @@ def _check_patterns(field, patterns, tree):
           f'{paths.nearest(pattern, names)}.')
 
 
-def _scaled(factors):
-  """A transformation: each update times the first factor that matches."""
-  factors = tuple((pattern, factor) for pattern, factor in factors)
-
-  def scale(name, update):
-    name = name.partition('/')[2]
-    return next((
-        factor * update for pattern, factor in factors
-        if paths.matches(pattern, name)), update)
-
-  def update(updates, state, params=None):
-    del params
-    return paths.map_with_name(scale, updates), state
-
-  def init(params):
-    _check_patterns('learning_rate_by_path', dict(factors), params)
-    return optax.EmptyState()
-
-  return optax.GradientTransformation(init, update)
+def _first_match(patterns, tree):
+  """For each leaf the number of the pattern that selects it; -1 for none."""
+  _check_patterns('optimizer_by_path', patterns, tree)
+  return paths.map_with_name(
+      lambda name, _: next((
+          i for i, pattern in enumerate(patterns)
+          if paths.matches(pattern, name.partition('/')[2])), -1), tree)
 
 
 def kernels(tree: Any) -> Any:

@@ -597,6 +597,37 @@ class RefusedTest(parameterized.TestCase):
        "`rule_by_path['Dense_0'].scal` is no argument"),
       ('by_path_pattern', {'rule_by_path': "(('Dense_9', 'backprop', {}),)"},
        '`Dense_9` of `by_path` matches no unit'),
+      ('variant', {'rule': 'LG-FGA'}, 'did you mean `LG-FG-A`'),
+      ('variant_arg', {'rule': 'BP', 'rule_args.loss': 'contrastive'},
+       '`rule_args.loss` must be left out'),
+      ('variant_by_path', {
+          'rule': 'BP', 'rule_by_path': "(('Dense_0', 'backprop', {}),)"},
+       '`rule_by_path` must be empty with a variant'),
+      ('units', {'units': "('Dense_*', 'dense')"},
+       "`units` has the glob 'dense', which fits no module"),
+      ('units_text', {'units': '(1,)'}, 'a list of path patterns'),
+      ('augment', {'augment': 'crop'}, 'did you mean `crop_flip`'),
+      ('augment_arg', {'augment': 'crop_flip', 'augment_args.area': '.3'},
+       '`augment_args.area` is no argument'),
+      ('augment_value', {
+          'rule': 'LG-BP', 'augment': 'contrastive', 'augment_args.area': '2.'},
+       '`area` must be'),
+      ('augment_padding',
+       {'augment': 'crop_flip', 'augment_args.padding': '.5'}, '`padding`'),
+      ('augment_args', {'augment_args.padding': '2'}, '`augment_args` needs'),
+      ('augment_rule', {'augment': 'contrastive'}, 'with a rule that learns'),
+      ('augment_last', {'augment': 'contrastive', 'rule': 'FA'},
+       '`last` must be the path of the last block'),
+      ('augment_gcn', {'augment': 'crop_flip', 'preprocessing': 'gcn'},
+       '`augment` works on images in'),
+      ('augment_particles', {'augment': 'contrastive', 'particles': 'True'},
+       'one state of each image'),
+      ('temperature', {'contrastive_temperature': '0'}, 'must be positive'),
+      ('l2', {'l2': '-1'}, '`l2` must be'),
+      ('optimizer_by_path', {'optimizer_by_path': "(('a', 'adm', .1),)"},
+       '`optimizer_by_path` must be a list of triples'),
+      ('optimizer_pattern', {'optimizer_by_path': "(('a', 'adam', .1),)"},
+       "`optimizer_by_path` has the pattern 'a'"),
       ('rule_for_model',
        {'rule': 'feedback_alignment', 'model_args.activation': 'sign'}, ''),
   )
@@ -665,6 +696,46 @@ class OptimizerTest(parameterized.TestCase):
     np.testing.assert_allclose(
         self._updates(optimizer='sgd', learning_rate=1., clip_norm=1.),
         -np.sqrt(.5), rtol=1e-6)
+
+  def _of_a_layer(self, **fields):
+    """Two updates of a kernel of [3, 4], a bias of 2, and the readout's."""
+    tx = optimizer.build(_config(**fields), steps_per_epoch=1)
+    layer = lambda: {
+        'kernel': jnp.array([[3., 4.]]), 'bias': jnp.array([2.])}
+    tree = {'params': {'a': layer(), 'readout': layer()}, 'feedback': {}}
+    grads = jax.tree.map(jnp.ones_like, tree)
+    state, updates = tx.init(tree), []
+    for _ in range(2):
+      update, state = tx.update(grads, state, tree)
+      updates.append(update['params'])
+    return updates
+
+  def test_l2_is_of_kernels_and_before_the_optimizer(self):
+    first, second = self._of_a_layer(
+        optimizer='momentum', momentum=.5, learning_rate=.1, l2=.01)
+    kernel = -.1 * (1 + .01 * np.array([[3., 4.]]))
+    np.testing.assert_allclose(first['a']['kernel'], kernel, rtol=1e-6)
+    np.testing.assert_allclose(second['a']['kernel'], 1.5 * kernel, rtol=1e-6)
+    np.testing.assert_allclose(first['a']['bias'], -.1, rtol=1e-6)
+
+  def test_lars_scales_kernels_to_their_norm(self):
+    first, second = self._of_a_layer(
+        optimizer='lars', momentum=.5, learning_rate=2., l2=.1)
+    gradient = 1 + .1 * np.array([[3., 4.]])
+    # The paper's coefficient, .001, times the norm of the kernel, 5.
+    kernel = -2 * .001 * 5 * gradient / np.linalg.norm(gradient)
+    np.testing.assert_allclose(first['a']['kernel'], kernel, rtol=1e-5)
+    np.testing.assert_allclose(second['a']['kernel'], 1.5 * kernel, rtol=1e-5)
+    np.testing.assert_allclose(first['a']['bias'], -2, rtol=1e-6)
+
+  def test_an_optimizer_by_path(self):
+    first, second = self._of_a_layer(
+        optimizer='lars', momentum=.5, learning_rate=1., schedule='linear',
+        optimizer_by_path=(('readout', 'momentum', .1),), epochs=2)
+    np.testing.assert_allclose(first['a']['bias'], -1, rtol=1e-6)
+    np.testing.assert_allclose(first['readout']['kernel'], -.1, rtol=1e-6)
+    # Momentum of gradients, times a rate that has fallen by half.
+    np.testing.assert_allclose(second['readout']['bias'], -.075, rtol=1e-6)
 
   def test_feedback_has_its_own_optimizer(self):
     np.testing.assert_allclose(
@@ -801,6 +872,57 @@ class CheckpointsTest(parameterized.TestCase):
           noticed += 1
       file.write_bytes(whole)
     assert noticed >= 3
+
+
+class AugmentTest(parameterized.TestCase):
+
+  def _two_views(self):
+    config = _config(
+        rule='BP', rule_args={'last': 'block_0'}, model='local_mixer',
+        model_args={'size': 's/1/1', 'channels': 4}, units=('block_*/*',),
+        augment='contrastive', contrastive_dim=3, epochs=1, batch_size=64,
+        log_every=5, frozen=('readout',))
+    return config
+
+  def test_views_are_of_seed_and_step_and_count_once(self):
+    _launch(self._two_views(), self.tmp / 'one')
+    like = _ready(self._two_views(), self.tmp / 'ready').like
+    step, state = _restore(like, self.tmp / 'one')
+    assert step == 22
+    # The readout keeps its zeros, which say 0 to everything.
+    labels = data_lib.load('digits').train.labels
+    found = [m['accuracy'] for m in _metrics(self.tmp / 'one', 'train')][:4]
+    assert np.mean(found) == pytest.approx(np.mean(labels == 0), abs=.02)
+    with pytest.MonkeyPatch.context() as patch:
+      _interrupt_at(patch, 5, signal.SIGTERM)
+      _launch(self._two_views(), self.tmp / 'cut')
+    assert not (self.tmp / 'cut' / 'summary.json').exists()
+    _launch(self._two_views(), self.tmp / 'cut')
+    _assert_same(_restore(like, self.tmp / 'cut'), (step, state))
+    # Two devices: the views of an image lie on both, and so do its negatives.
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(jax, 'device_count', lambda: 2)
+      _launch(self._two_views(), self.tmp / 'two')
+    _, two = _restore(like, self.tmp / 'two')
+    for a, b in zip(
+        jax.tree.leaves(two.params), jax.tree.leaves(state.params)):
+      np.testing.assert_allclose(a, b, atol=1e-4)
+
+  def test_inputs_are_augmented_before_they_are_scaled(self):
+    config = _config(
+        augment='crop_flip', augment_args={'padding': 0}, epochs=1,
+        pixel_mean=(.5,), pixel_std=(.25,))
+    learner = _ready(config, self.tmp / 'ready').learner
+    images = np.arange(64 * 64, dtype=np.int32).reshape(64, 8, 8, 1) % 251
+    x, labels = jax.jit(learner._augmented)(
+        jax.random.key(0), images.astype(np.uint8), np.arange(64))
+    np.testing.assert_array_equal(labels, np.arange(64))
+    scaled = (images / 255 - .5) / .25
+    flipped = [
+        np.allclose(a, b[:, ::-1], atol=1e-5) for a, b in zip(x, scaled)]
+    as_it_was = [np.allclose(a, b, atol=1e-5) for a, b in zip(x, scaled)]
+    assert all(a or b for a, b in zip(flipped, as_it_was))
+    assert any(flipped) and any(as_it_was)
 
 
 class DevicesTest(parameterized.TestCase):

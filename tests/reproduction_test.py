@@ -11,6 +11,7 @@ import sys
 from absl.testing import parameterized
 from bpjax import models
 from bpjax import rules
+from bpjax import variants
 from experiments import config as config_lib
 from experiments import launch
 from experiments import reproduction
@@ -20,7 +21,7 @@ import pytest
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
 _SCRIPTS = (
     'akrout_mnist', 'launay_fig4', 'launay_table2', 'launay_table4',
-    'reclra_fig2', 'reclra_table1', 'reclra_table2', 'resnet_cifar')
+    'local_fg_contrastive', 'local_fg_table3', 'reclra_fig2', 'reclra_table1', 'reclra_table2', 'resnet_cifar')
 # Every row on digits, in a second or two.
 _TRIAL = ('dataset=digits', 'pixel_mean=(0.,)', 'pixel_std=(1.,)')
 
@@ -252,6 +253,12 @@ class TablesTest(parameterized.TestCase):
        'outside: code,neurons=191 minus code,neurons=800: test accuracy, %'),
       ('resnet_cifar', 'direct_feedback_alignment', 'test_accuracy', .9,
        'outside: direct_feedback_alignment minus feedback_alignment'),
+      ('local_fg_table3', 'mnist_m,FG-W', 'test_accuracy', .9,
+       'outside: mnist_m,FG-W: test error, %: 10, must be below 9.56'),
+      ('local_fg_table3', 'mnist_m,FG-A', 'test_accuracy', .98,
+       'outside: mnist_m,FG-A minus mnist_m,LG-FG-A: test error, %: -0.55'),
+      ('local_fg_contrastive', 'full,LG-FG-A', 'test_accuracy', .4,
+       'outside: full,FG-A minus full,LG-FG-A: test error, %: -5.41'),
       ('reclra_table1', 'mnist,recursive_tanh', 'test_accuracy', .975,
        'outside: mnist,recursive_tanh: test error, %: 2.5, must be below 2.1'),
       ('reclra_fig2', 'mnist,recursive_sigmoid', 'test_accuracy_by_epoch',
@@ -283,7 +290,7 @@ class TablesTest(parameterized.TestCase):
         and not r['row'].endswith(',leaky_steep_norm')
         and not r['row'].endswith(',no_norm')
         and not r['row'].endswith(
-            (',cnn_rlra', ',recursive_sign', ',recursive_sigmoid'))])
+            (',cnn_rlra', ',recursive_sign', ',recursive_sigmoid', ',FG-W'))])
     self.assertEqual(code, 1)
     self.assertRegex(printed, 'outside: .* has no finished run')
 
@@ -338,7 +345,8 @@ class TablesTest(parameterized.TestCase):
     for row in experiment.rows:
       config_lib.check(row.config)
       config_lib.arguments(
-          rules.get(row.config.rule), row.config, 'rule_args')
+          variants.variant if row.config.rule in variants.names()
+          else rules.get(row.config.rule), row.config, 'rule_args')
       config_lib.arguments(
           models.get(row.config.model), row.config, 'model_args')
       self.assertContainsSubset(row.published, columns)

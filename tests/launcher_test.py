@@ -1,5 +1,6 @@
 """The launcher: what a run leaves, and what it withstands."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 from absl.testing import parameterized
 import bpjax
@@ -923,6 +925,18 @@ class AugmentTest(parameterized.TestCase):
     as_it_was = [np.allclose(a, b, atol=1e-5) for a, b in zip(x, scaled)]
     assert all(a or b for a, b in zip(flipped, as_it_was))
     assert any(flipped) and any(as_it_was)
+    keys = []
+
+    def note(key, images):
+      del images
+      keys.append(jax.random.key_data(key).tolist())
+      raise LookupError  # Enough seen.
+
+    noting = dataclasses.replace(learner, augment=note)
+    for step in (3, 4, 3):
+      with pytest.raises(LookupError):
+        noting.step(types.SimpleNamespace(step=jnp.int32(step)), images, labels)
+    assert keys[0] == keys[2] != keys[1]
 
 
 class DevicesTest(parameterized.TestCase):

@@ -53,7 +53,7 @@ def _checks(preset):
 
 EXPERIMENT = reproduction.Experiment(
     name='local_fg_contrastive',
-    title='Ren et al., 2023, Table 4: LocalMixer M/8/16, CIFAR-10, contrastive',
+    title='Ren et al., 2023, Table 4: two views',
     rows=[_row(variant, preset)
           for preset in local_mixer_contrastive.PRESETS
           for variant in bpjax.variants.names()],

@@ -1,10 +1,15 @@
 """The rates of LocalMixer's table are those that the search found."""
 
 import json
+import os
 import pathlib
+import tempfile
+from unittest import mock
 
 from absl.testing import absltest
 import bpjax
+from experiments import launch
+from experiments import search
 from experiments.configs import local_mixer
 from experiments.configs import local_mixer_contrastive
 
@@ -43,6 +48,55 @@ class SearchTest(absltest.TestCase):
     for what in ('FAA:s/1/1:mnist', 'FA:s/1/2:mnist', 'FA', 'FA:s/1/1:mnist:9'):
       with self.assertRaisesRegex(ValueError, 'must be'):
         local_mixer.get_config(what)
+
+
+class LoopTest(absltest.TestCase):
+
+  def _search(self, codes, summaries):
+    """What is found of two candidates whose runs end in these ways."""
+    folder = self.enterContext(tempfile.TemporaryDirectory())
+    ends = iter(zip(codes, summaries, strict=True))
+
+    def run(config, workdir, quiet):
+      del config, quiet
+      code, accuracy = next(ends)
+      os.makedirs(workdir)
+      if accuracy is not None:
+        path = os.path.join(workdir, 'summary.json')
+        with open(path, 'w', encoding='utf-8') as file:
+          json.dump({'validation_accuracy': accuracy}, file)
+      return code
+
+    with mock.patch.object(launch, 'launch', run):
+      found = list(search.search({'a': [None, None]}, folder, 'digits'))
+    self.assertCountEqual(
+        os.listdir(folder), ['digits,a,candidate=0', 'digits,a,candidate=1'])
+    return found
+
+  def test_candidates_and_the_one_that_diverged(self):
+    self.assertEqual(
+        self._search((0, 3), (.91234567, None)), [('a', [.912346, None])])
+    self.assertEqual(search.best([None, .5, .5]), 1)
+
+  def test_a_stopped_run_ends_the_search(self):
+    for code, exits in ((0, 1), (130, 130)):
+      with self.assertRaises(SystemExit) as ended:
+        self._search((code,), (None,))
+      self.assertEqual(ended.exception.code, exits)
+
+  def test_unknown_rows(self):
+    with self.assertRaises(SystemExit) as ended:
+      search.check_rows(['LG'], ['BP'])
+    self.assertEqual(ended.exception.code, 2)
+
+  def test_the_file(self):
+    folder = self.enterContext(tempfile.TemporaryDirectory())
+    path = os.path.join(folder, 'found.json')
+    search.write(path, 'local_fg_search', {'epochs': 3}, {'a': {'best': 1}})
+    with open(path, encoding='utf-8') as file:
+      found = json.load(file)
+    self.assertEqual((found['epochs'], found['rows']), (3, {'a': {'best': 1}}))
+    self.assertIn('scripts/local_fg_search.py', found['command'])
 
 
 if __name__ == '__main__':

@@ -38,21 +38,43 @@ def search(
     ...   print(row, best(accuracies))
   """
   for row, configs in rows.items():
-    accuracies = []
-    for i, config in enumerate(configs):
-      folder = os.path.join(workdir, f'{prefix},{row},candidate={i}')
-      code = launch.launch(config, folder, quiet=True)
-      if code not in (0, 3):
-        sys.exit(code)
-      path = os.path.join(folder, 'summary.json')
-      accuracy = None  # Code 3: the weights were not finite.
-      if os.path.exists(path):
-        with open(path, encoding='utf-8') as file:
-          accuracy = json.load(file)['validation_accuracy']
-      elif not code:
-        sys.exit(1)  # Stopped by SIGTERM.
-      accuracies.append(accuracy and round(accuracy, 6))
-    yield row, accuracies
+    yield row, [
+        accuracy_of(
+            config, os.path.join(workdir, f'{prefix},{row},candidate={i}'))
+        for i, config in enumerate(configs)]
+
+
+def accuracy_of(
+    config: ml_collections.ConfigDict, folder: str) -> float | None:
+  """A config's validation accuracy; trains it unless that was done.
+
+  Returns:
+    The accuracy, or None if the weights did not stay finite.
+
+  Example:
+    >>> accuracy_of(config, 'runs/search/mnist,bp,candidate=0')
+  """
+  code = launch.launch(config, folder, quiet=True)
+  if code not in (0, 3):
+    sys.exit(code)
+  path = os.path.join(folder, 'summary.json')
+  if os.path.exists(path):
+    with open(path, encoding='utf-8') as file:
+      return round(json.load(file)['validation_accuracy'], 6)
+  if not code:
+    sys.exit(1)  # Stopped by SIGTERM.
+  return None  # Code 3: the weights were not finite.
+
+
+def ranked(accuracies: Accuracies) -> list[int]:
+  """Candidates, the highest accuracy first, and the first of equals.
+
+  Example:
+    >>> ranked([.5, None, .7, .7])
+    [2, 3, 0, 1]
+  """
+  return sorted(
+      range(len(accuracies)), key=lambda i: (-(accuracies[i] or 0.), i))
 
 
 def best(accuracies: Accuracies) -> int:
@@ -62,7 +84,7 @@ def best(accuracies: Accuracies) -> int:
     >>> best([.5, None, .7, .7])
     2
   """
-  return max(range(len(accuracies)), key=lambda i: accuracies[i] or 0.)
+  return ranked(accuracies)[0]
 
 
 def check_rows(given: Iterable[str], known: Sequence[str]) -> None:

@@ -57,11 +57,10 @@ def variant(
   of the `last` block alone, and the readout on its own, so that it reads what
   the labels had no part in.
 
-  The released code (https://github.com/google-research/google-research) departs
-  from the paper, which changes its numbers; here:
+  The released code departs from the paper, which changes its numbers; here:
 
-  * a bias is added once. Its channel layers add theirs twice, and the
-    perturbation to one of the two: its FG-A moves a bias by half its gradient.
+  * a bias is added once. The code's layers of whole channels add theirs twice,
+    so that its exact gradient is doubled and that of FG-A is not.
   * DFA projects the error of the network's output, as its author has it. The
     code gives each layer a fixed random readout of the labels instead, a local
     loss: the paper's row DFA is that, not this.

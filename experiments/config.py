@@ -29,7 +29,8 @@ OPTIMIZERS = (
 PREPROCESSING = ('', 'gcn', 'gcn_zca')
 SCHEDULES = ('constant', 'cosine', 'linear', 'polynomial')
 AUGMENTS = ('', 'crop_flip', 'contrastive')
-_FREE = ('rule_args', 'model_args', 'augment_args', 'mesh')  # Fields that take new keys.
+# Fields that take new keys.
+_FREE = ('rule_args', 'model_args', 'augment_args', 'mesh')
 _CHOICES = {
     'augment': AUGMENTS,
     'loss': LOSSES,
@@ -92,8 +93,8 @@ def default() -> ml_collections.ConfigDict:
   config.preprocessing = ''
   config.zca_epsilon = .1  # Added to the covariance's eigenvalues.
   config.input_noise = 0.  # Deviation of Gaussian noise on inputs, in training.
-  # What a step does to the images of its batch, on the device; its random numbers
-  # are a function of seed and step. 'crop_flip': moved by up to
+  # What a step does to its images, on the device; the random numbers are a
+  # function of seed and step. 'crop_flip': moved by up to
   # `augment_args.padding` pixels (4), and flipped; 'contrastive': two views of
   # every image, cropped to `augment_args.area` (.08) of it at least, flipped,
   # jittered, blurred and solarised. The blocks of a variant then learn to tell

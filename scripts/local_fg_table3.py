@@ -6,15 +6,15 @@
 Scaling forward gradient with local losses, Ren, Kornblith, Liao and Hinton,
 ICLR 2023 (https://arxiv.org/abs/2210.03310). Presets `mnist_s` and `mnist_m` are
 LocalMixer S/1/1 and M/1/16 on MNIST, for 10 epochs; `cifar10` is M/8/16 on
-CIFAR-10 for 4 epochs, a trial; `cifar10_full` for 100, which wants a GPU. The
+CIFAR-10 for 2 epochs, a trial; `cifar10_full` for 100, which wants a GPU. The
 paper's settings for these data are not public: Adam and a cosine, with a rate a
 variant that `scripts/local_fg_search.py` chose on validation examples.
 
-A run of MNIST takes about a minute on one CPU core. The data are read from
-TFDS_DATA_DIR.
+A run of MNIST takes about a minute on one CPU core, one of the trial on CIFAR-10
+half an hour. The data are read from TFDS_DATA_DIR.
 
-The paper's row DFA is a local loss of its own kind in the released code, and its
-FG-A moves biases by half their gradient; see `bpjax.variant`.
+The paper's row DFA is a local loss of its own kind in the released code, whose
+FG-A has half the gradient of some biases; see `bpjax.variant`.
 
 Must hold on M/1/16: bars on the test error of BP, LG-BP, LG-FG-A and FG-W, and
 LG-FG-A before FG-A before LG-FG-W before FG-W; on S/1/1, FG-A before FG-W; on

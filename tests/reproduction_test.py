@@ -21,7 +21,8 @@ import pytest
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
 _SCRIPTS = (
     'akrout_mnist', 'launay_fig4', 'launay_table2', 'launay_table4',
-    'local_fg_contrastive', 'local_fg_table3', 'reclra_fig2', 'reclra_table1', 'reclra_table2', 'resnet_cifar')
+    'local_fg_contrastive', 'local_fg_table3', 'reclra_fig2',
+    'reclra_table1', 'reclra_table2', 'resnet_cifar')
 # Every row on digits, in a second or two.
 _TRIAL = ('dataset=digits', 'pixel_mean=(0.,)', 'pixel_std=(1.,)')
 

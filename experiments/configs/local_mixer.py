@@ -27,7 +27,7 @@ CANDIDATES = (1e-4, 3e-4, 1e-3, 3e-3)
 _DEFAULT = 2  # Of all variants.
 # SIZE:DATASET -> variant -> index of its best; results/local_fg_search.json.
 CHOSEN = {}
-EPOCHS = {'mnist': 10, 'cifar10': 4}
+EPOCHS = {'mnist': 10, 'cifar10': 2}
 
 
 def get_config(what: str = 'LG-FG-A:m/1/16:mnist'):

@@ -148,6 +148,10 @@ def local(
     raise ValueError(
         f'`epsilon` must be 0 with the {loss.name} loss, got {rule.epsilon}: '
         'what it holds constant would move in a difference.')
+  if getattr(rule, 'noise', None):
+    raise ValueError(
+        f'`noise` must be None in a rule of local losses, got {rule.noise!r}: '
+        'it compares estimators on one loss of the whole model.')
   if head_scale < 0:
     raise ValueError(f'`head_scale` must be at least 0, got {head_scale}.')
   return Local(

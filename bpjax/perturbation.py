@@ -43,6 +43,8 @@ class Rule(feedback_lib.NoFeedback):
     epsilon: the step of finite differences; 0: exact derivatives.
     antithetic: whether these are taken to both sides.
     signs: whether directions have no entries but 1 and -1.
+    noise: None for what `perturb` has by itself; 'shared' for activity noise
+      that all examples share, 'independent' for weight noise that none do.
   """
   name: str
   backward: Callable[..., base.Credit]
@@ -55,6 +57,7 @@ class Rule(feedback_lib.NoFeedback):
   epsilon: float = 0.
   antithetic: bool = False
   signs: bool = False
+  noise: str | None = None
 
   def init(self, key, net, variables, x) -> dict[str, Any]:
     """The rule's feedback: none, {}. Checks that it can train the network."""
@@ -72,6 +75,11 @@ class Rule(feedback_lib.NoFeedback):
           'derivative that is zero everywhere (sign, round, a comparison); use '
           'a smooth activation, or finite differences, `epsilon=1e-3`.')
     checks.check_lists(survey, 'noise', f'rule `{self.name}`')
+    if self.noise and survey.batch_coupled:
+      raise ValueError(
+          "`noise` must be None where an example's loss depends on the others, "
+          f'as `{survey.batch_coupled[0]}` makes it, got {self.noise!r}; use a '
+          'norm over single examples, such as LayerNorm.')
     if self.mask is not None:
       self.mask.check(survey.units)
       for info in survey.units.infos.values():
@@ -145,6 +153,8 @@ class Rule(feedback_lib.NoFeedback):
           '`key=jax.random.key(...)`.')
     survey = net.survey(variables, x)
     self.check(survey)
+    if self.noise == 'independent':
+      return self._one_by_one(net, variables, x, key, judge)
     model_key, direction_key = credit.split(key)
     plan = Plan(self, net, survey, variables, x, model_key)
     params = variables['params']
@@ -195,6 +205,24 @@ class Rule(feedback_lib.NoFeedback):
         jax.tree.structure(params), [grads[k] for k in plan.names])
     return jnp.mean(losses), base.Aux(*aux), grads, losses.size, teaching
 
+  def _one_by_one(self, net, variables, x, key, judge):
+    """`differentiate` with each example as a batch, whose noise is its own."""
+    rule = dataclasses.replace(self, noise=None)
+
+    def one(x, y, key):
+      x, y = jax.tree.map(lambda a: a[None], (x, y))
+      value, aux, *summed = rule.differentiate(
+          net, variables, x, key, judge.of(y))
+      output = jax.tree.map(lambda a: a[0], aux.output)
+      return (value, output, summed), aux.model_state
+
+    keys = jax.random.split(key, jax.tree.leaves(x)[0].shape[0])
+    # A state that differs between examples is an error, here.
+    (values, output, summed), state = jax.vmap(
+        one, out_axes=(0, None))(x, judge.y, keys)
+    summed = jax.tree.map(lambda a: jnp.sum(a, axis=0), summed)
+    return jnp.mean(values), base.Aux(output, state), *summed
+
   def _differences(self, function, here, plan, judge):
     """In place of a derivative: (u, v) -> the losses' change for a step of 1."""
 
@@ -222,11 +250,15 @@ class Whole:
   """
 
   def __init__(self, loss, y):
-    self._loss, self._y = loss, y
+    self._loss, self.y = loss, y
+
+  def of(self, y: Any) -> Whole:
+    """The same for other labels."""
+    return Whole(self._loss, y)
 
   def measure(self, output: Any) -> Any:
     """What is differentiated: here the losses."""
-    losses = self._loss(output, self._y)
+    losses = self._loss(output, self.y)
     reduction_lib.check_losses(losses, output)
     return losses
 
@@ -338,6 +370,8 @@ class Plan:
   def _draw_one(self, key):
     leaves, structure = jax.tree.flatten((self.noise, self.perturbed))
     u, v = jax.tree.unflatten(structure, self._rule.directions(key, leaves))
+    if self._rule.noise == 'shared':
+      u = jax.tree.map(_as_the_first, u, self._batch_axes)
     return self.masked(u), self.masked(v)
 
   def _draw_orthogonal(self, key, judge):
@@ -413,6 +447,13 @@ class Plan:
           owners=True)[1].get('noise', {})
 
     return jax.eval_shape(trace, self.params, self._state, x, self._key)
+
+
+def _as_the_first(u, axis):
+  """The noise of the first example for all of them."""
+  if axis < 0:
+    return u
+  return jnp.broadcast_to(jax.lax.slice_in_dim(u, 0, 1, axis=axis), u.shape)
 
 
 def _inside(name, module):

@@ -248,6 +248,7 @@ class ArgumentErrorsTest(parameterized.TestCase):
       ('forward_gradient', dict(directions='uniform')),
       ('forward_gradient', dict(epsilon=-1.)),
       ('forward_gradient', dict(antithetic=True)),
+      ('forward_gradient', dict(noise='both')),
       ('forward_gradient', dict(samples=0)),
       ('forward_gradient', dict(samples=1.5)))
   def test_rules(self, name, arguments):

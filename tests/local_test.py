@@ -587,7 +587,9 @@ class ErrorsTest(parameterized.TestCase):
       (dict(branches=['a']), '`branches` and'),
       (dict(head_scale=-1), '`head_scale` must be'),
       (dict(rule=RULES.forward_gradient(epsilon=.1), stop='branch',
-            branches=['a']), '`epsilon` must be 0'))
+            branches=['a']), '`epsilon` must be 0'),
+      (dict(rule=RULES.forward_gradient(noise='shared')),
+       '`noise` must be None in'))
   def test_arguments(self, arguments, message):
     with self.assertRaisesRegex(ValueError, message):
       bpjax.local(**{'rule': RULES.backprop(), 'blocks': ['b'], **arguments})

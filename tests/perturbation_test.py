@@ -27,7 +27,9 @@ class UnbiasedTest(float64.Float64TestCase):
   @parameterized.parameters(
       ('plain', dict()), ('plain', dict(directions='rademacher')),
       ('plain', dict(perturb='weight')), ('plain', dict(exact_readout=False)),
-      ('plain', dict(samples=3)), ('conv_batch_norm', dict()),
+      ('plain', dict(samples=3)), ('plain', dict(noise='shared')),
+      ('plain', dict(perturb='weight', noise='independent')),
+      ('conv_batch_norm', dict()),
       ('residual', dict(directions='rademacher')), ('encoder', dict()),
       ('remat', dict()), ('scan', dict()), ('stack', dict()))
   def test_mean_is_the_gradient(self, name, arguments):
@@ -124,6 +126,13 @@ class VarianceTest(float64.Float64TestCase):
     ratio = self.measured(directions=directions, perturb='weight') / expected
     self.assertBetween(ratio, .96, 1.04)
 
+  @parameterized.parameters(('activity', 'shared'), ('weight', 'independent'))
+  def test_the_other_noise(self, perturb, noise):
+    expected = getattr(reference, f'forward_gradient_variance_{perturb}')(
+        self.per_example, independent=noise == 'independent')
+    ratio = self.measured(perturb=perturb, noise=noise) / expected
+    self.assertBetween(ratio, .96, 1.04)
+
   def test_orthogonal(self):
     total = np.sum(self.per_example**2)
     samples = 3  # Of 4 entries an example: (d/K - 1)/N times the mean square.
@@ -212,6 +221,38 @@ class DifferencesTest(float64.Float64TestCase):
 
 
 class EngineTest(float64.Float64TestCase):
+
+  def test_noise_that_is_the_usual_one(self):
+    for perturb, noise in (('activity', 'independent'), ('weight', 'shared')):
+      self.assertIsNone(
+          bpjax.rules.forward_gradient(perturb, noise=noise).noise)
+
+  def test_noise_for_each_example_is_that_of_batches_of_one(self):
+    model, x, y = zoo.inputs('plain', batch=3)
+    net, variables, x = float64.setup(model, x)
+    key = jax.random.key(1)
+    rule = bpjax.rules.forward_gradient('weight', noise='independent')
+    (value, aux), (grads, _) = zoo.learn(rule, net, LOSS)(
+        variables, {}, x, y, key=key)
+    learn = zoo.learn(bpjax.rules.forward_gradient('weight'), net, LOSS)
+    alone = [
+        learn(variables, {}, x[i:i + 1], y[i:i + 1], key=k)
+        for i, k in enumerate(jax.random.split(key, len(x)))]
+    (values, outputs), each = jax.tree.map(
+        lambda *a: jnp.stack(a), *[(one[0], one[1][0]) for one in alone])
+    self.assert_close(grads, jax.tree.map(lambda g: g.mean(0), each), 1e-14)
+    self.assertAlmostEqual(float(value), float(values.mean()), 12)
+    np.testing.assert_allclose(aux.output, outputs.output[:, 0], atol=1e-14)
+
+  @parameterized.parameters(('activity', 'shared'), ('weight', 'independent'))
+  def test_noise_of_coupled_examples_is_refused(self, perturb, noise):
+    model, x, y = zoo.inputs('conv_batch_norm')
+    net = bpjax.from_linen(model)
+    rule = bpjax.rules.forward_gradient(perturb, noise=noise)
+    with self.assertRaisesRegex(ValueError, '`noise` must be None where an exa'):
+      jax.eval_shape(
+          lambda: rule.value_and_grad(net, LOSS)(
+              net.init(jax.random.key(0), x), {}, x, y, key=jax.random.key(1)))
 
   def test_update_is_the_local_vjp_of_the_teaching_signal(self):
     model, x, y = zoo.inputs('plain')

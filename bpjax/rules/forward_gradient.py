@@ -9,11 +9,14 @@ losses, Ren, Kornblith, Liao and Hinton, ICLR 2023
 from bpjax import base
 from bpjax import perturbation
 
+# What is perturbed in this way where nothing else is said.
+_NOISE = {'shared': 'weight', 'independent': 'activity'}
+
 
 def forward_gradient(
     perturb: str = 'activity', directions: str = 'gaussian', samples: int = 1,
-    exact_readout: bool = True, epsilon: float = 0., antithetic: bool = False
-) -> perturbation.Rule:
+    exact_readout: bool = True, epsilon: float = 0., antithetic: bool = False,
+    noise: str | None = None) -> perturbation.Rule:
   r"""Forward gradient: perturb, see how the loss changes, step along it.
 
   Activity: each example n gets a random direction :math:`u_{n,l}` at the output
@@ -61,6 +64,13 @@ def forward_gradient(
     antithetic: takes each difference from -u to u, which has an error of
       :math:`\epsilon^2` in place of :math:`\epsilon`, with the same mean
       otherwise. Exact derivatives along u and -u give the same update.
+    noise: 'independent' (each example has directions of its own) or 'shared'
+      (one for the batch). None: independent for activity, shared for weight.
+      The other two, of the paper's Table 1, are for comparison. Activity that is
+      shared has about N times the variance where gradients of examples agree.
+      Weights that are perturbed for each example have 1/N of it there, and
+      need N times the memory of the weights. Both need a loss that no example
+      of the batch has a part in but its own, and one for the whole model.
 
   Returns:
     A rule without feedback; `learn` needs a `key`.
@@ -88,6 +98,9 @@ def forward_gradient(
   if isinstance(samples, bool) or samples != int(samples) or samples < 1:
     raise ValueError(
         f'`samples` must be a whole number of at least 1, got {samples}.')
+  if noise not in (None, *_NOISE):
+    raise ValueError(
+        f"`noise` must be None, 'shared' or 'independent', got {noise!r}.")
   draw = dict(
       gaussian=perturbation.gaussian, orthogonal=perturbation.gaussian,
       rademacher=perturbation.rademacher)
@@ -105,4 +118,5 @@ def forward_gradient(
       directions=draw[directions],
       perturb=perturb, samples=int(samples), exact_readout=exact_readout,
       orthogonal=directions == 'orthogonal', epsilon=float(epsilon),
-      antithetic=antithetic, signs=directions == 'rademacher')
+      antithetic=antithetic, signs=directions == 'rademacher',
+      noise=None if _NOISE.get(noise) == perturb else noise)

@@ -44,6 +44,34 @@ def search(
         for i, config in enumerate(configs)]
 
 
+def in_full(
+    configs: Sequence[ml_collections.ConfigDict], accuracies: Accuracies,
+    count: int, workdir: str, prefix: str) -> tuple[dict[int, Any], int]:
+  """The second round: those that did best in the first, and longer.
+
+  Args:
+    configs: a row's candidates as they are to be trained now.
+    accuracies: of the first round.
+    count: how many go on.
+    workdir: folder of the runs' folders, `PREFIX,candidate=I,full`.
+    prefix: data set and row.
+
+  Returns:
+    Candidate -> validation accuracy, and the candidate with the highest, the
+    first of equals.
+
+  Example:
+    >>> full, best = in_full(configs, [.5, .8, .7], 2, 'runs/search', 'mnist,bp')
+    >>> sorted(full)
+    [1, 2]
+  """
+  full = {
+      i: accuracy_of(
+          configs[i], os.path.join(workdir, f'{prefix},candidate={i},full'))
+      for i in sorted(ranked(accuracies)[:count])}
+  return full, list(full)[ranked(list(full.values()))[0]]
+
+
 def accuracy_of(
     config: ml_collections.ConfigDict, folder: str) -> float | None:
   """A config's validation accuracy; trains it unless that was done.

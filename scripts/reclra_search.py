@@ -15,8 +15,6 @@ Runs that are finished are not trained again; `results/reclra_search.json` is
 what was found.
 """
 
-import os
-
 from absl import app
 from absl import flags
 from absl import logging
@@ -43,13 +41,6 @@ def config_of(row: str, dataset: str, candidate: int, epochs: int = 0):
   return config
 
 
-def in_full(row: str, dataset: str, candidate: int) -> float | None:
-  """Validation accuracy of a candidate trained as long as the table's rows."""
-  return search_lib.accuracy_of(
-      config_of(row, dataset, candidate), os.path.join(
-          _WORKDIR.value, f'{dataset},{row},candidate={candidate},full'))
-
-
 def main(argv: list[str]) -> None:
   del argv
   logging.set_verbosity(logging.ERROR)  # Of libraries.
@@ -61,9 +52,9 @@ def main(argv: list[str]) -> None:
             for i, _ in enumerate(reclra_mnist.CANDIDATES[row][1])]
       for row in _ROWS.value or known}
   for row, accuracies in search_lib.search(rows, _WORKDIR.value, dataset):
-    last = sorted(search_lib.ranked(accuracies)[:_FINALISTS.value])
-    full = {i: in_full(row, dataset, i) for i in last}
-    best = last[search_lib.best(list(full.values()))]
+    full, best = search_lib.in_full(
+        [config_of(row, dataset, i) for i, _ in enumerate(accuracies)],
+        accuracies, _FINALISTS.value, _WORKDIR.value, f'{dataset},{row}')
     found[row] = {
         'candidates': reclra_mnist.CANDIDATES[row][1],
         'validation_accuracy': accuracies, 'in_full': full, 'best': best}

@@ -36,7 +36,8 @@ class ScriptsTest(parameterized.TestCase):
   def test_variance(self):
     stdout, record, stderr = self.results(
         'local_fg_variance.py', 1, '--dataset=digits', '--draws=2000',
-        '--tolerance=1e-6', '--fan_outs=8', '--batches=8', '--groups=2', '--channels=16',
+        '--tolerance=1e-6', '--fan_outs=8', '--batches=8', '--groups=2',
+        '--channels=16',
         '--patches=2', '--blocks=1', '--batch=8', '--cosines=20')
     self.assertLen(record['one_layer'], 4)
     for row in record['one_layer'] + record['whole_network']:

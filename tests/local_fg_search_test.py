@@ -26,9 +26,12 @@ class SearchTest(absltest.TestCase):
       self.assertEqual(list(found['rows']), list(bpjax.variants.names()))
       chosen = {}
       for row, result in found['rows'].items():
-        accuracies = [a or 0. for a in result['validation_accuracy']]
-        self.assertLen(accuracies, len(local_mixer.CANDIDATES))
-        chosen[row] = accuracies.index(max(accuracies))
+        first = [a or 0. for a in result['validation_accuracy']]
+        self.assertLen(first, len(local_mixer.CANDIDATES))
+        full = {int(i): a or 0. for i, a in result['in_full'].items()}
+        self.assertGreaterEqual(
+            min(first[i] for i in full), sorted(first)[-len(full)])
+        chosen[row] = max(full, key=lambda i: full[i])
       searched[found['of']] = chosen
     self.assertEqual(local_mixer.CHOSEN, searched)
 

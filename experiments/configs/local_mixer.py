@@ -23,11 +23,11 @@ from bpjax.models.local_mixer import SIZES
 from experiments import config as config_lib
 
 # Learning rates of Adam that were tried, the same for all variants.
-CANDIDATES = (1e-4, 3e-4, 1e-3, 3e-3)
-_DEFAULT = 2  # Of all variants.
+CANDIDATES = (1e-3, 3e-3, 1e-2)
+_DEFAULT = 0  # Of all variants.
 # SIZE:DATASET -> variant -> index of its best; results/local_fg_search.json.
 CHOSEN = {}
-EPOCHS = {'mnist': 10, 'cifar10': 2}
+EPOCHS = {'mnist': 30, 'cifar10': 2}
 
 
 def get_config(what: str = 'LG-FG-A:m/1/16:mnist'):

@@ -28,7 +28,7 @@ from absl import app
 from absl import flags
 from absl import logging
 import bpjax
-from bpjax.models import local_mixer
+from bpjax.models.local_mixer import NormedLayer
 import jax
 import jax.numpy as jnp
 import optax
@@ -64,7 +64,7 @@ def rule_step(model, x, y, rule):
   """(step, first carry) of a rule and SGD."""
   tx = optax.sgd(.01)
   net = bpjax.from_linen(
-      model, is_unit=lambda m: isinstance(m, local_mixer.NormedLayer))
+      model, is_unit=lambda m: isinstance(m, NormedLayer))
   variables = net.init(jax.random.key(0), x)
   feedback = rule.init(jax.random.key(2), net, variables, x)
   learn = rule.value_and_grad(net, _LOSS)
@@ -90,7 +90,7 @@ def rule_step(model, x, y, rule):
 
 def _steps(size):
   """Name -> what makes a step."""
-  model = local_mixer.local_mixer(10, size)
+  model = bpjax.models.local_mixer(10, size)
   x = jax.random.normal(jax.random.key(1), _IMAGES[size])
   y = jnp.arange(len(x)) % 10
   rules = {'BP': bpjax.variant('BP')}

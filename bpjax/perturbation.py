@@ -544,7 +544,7 @@ def rademacher(key: base.Key, arrays: list[base.Array]) -> list[base.Array]:
   """
   sizes = [-(-x.size // _WORD) for x in arrays]
   words = jax.random.bits(key, (sum(sizes),), jnp.uint32)
-  # The one of a row, so that neighbours come from neighbouring words.
+  # One bit of all words, then the next: signs lie in memory as the words do.
   place = jax.lax.broadcasted_iota(jnp.uint32, (_WORD, 1), 0)
   signs, first = [], 0
   for x, size in zip(arrays, sizes):

@@ -62,7 +62,7 @@ def main(
       sys.exit(1)
     print('all of it within its bounds')
 
-  app.run(run, flags_parser=_parse)
+  app.run(run, flags_parser=parse_flags)
 
 
 def numbers(name: str, values: list[str], lowest: int = 1) -> list[int]:
@@ -102,7 +102,12 @@ def show(shown: rich.table.Table) -> None:
   console.print(shown)
 
 
-def _parse(argv):
+def parse_flags(argv: list[str]) -> list[str]:
+  """A command line as absl reads it; exits with 2 and one sentence if wrong.
+
+  Example:
+    >>> app.run(main, flags_parser=parse_flags)
+  """
   try:
     rest = flags.FLAGS(argv)
     if len(rest) > 1:

@@ -30,6 +30,7 @@ from absl import logging
 from bpjax import paths
 from experiments import config as config_lib
 from experiments import launch
+from experiments import measurement
 from experiments import summary as summary_lib
 import matplotlib
 import ml_collections
@@ -232,18 +233,7 @@ def main(experiment: Experiment) -> None:
     values = {name: flags.FLAGS[name].value for name in define}
     sys.exit(reproduce(experiment, **values))
 
-  app.run(run, flags_parser=_parse)
-
-
-def _parse(argv):
-  try:
-    rest = flags.FLAGS(argv)
-    if len(rest) > 1:
-      raise ValueError(f'unknown argument {rest[1]!r}; see --help.')
-  except (flags.Error, ValueError) as error:
-    print(f'error: {error}', file=sys.stderr)
-    sys.exit(2)
-  return rest
+  app.run(run, flags_parser=measurement.parse_flags)
 
 
 def reproduce(

@@ -2,22 +2,11 @@
 
 import json
 import os
-import subprocess
-import sys
 import tempfile
 
 from absl.testing import absltest
 from absl.testing import parameterized
-
-_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-
-
-def run(script, *arguments):
-  """The finished process of `python scripts/SCRIPT ARGUMENTS`."""
-  return subprocess.run(
-      [sys.executable, os.path.join('scripts', script), *arguments], cwd=_ROOT,
-      env={**os.environ, 'PYTHONPATH': _ROOT}, capture_output=True, text=True,
-      timeout=300, check=False)
+import scripts_test
 
 
 class ScriptsTest(parameterized.TestCase):
@@ -26,7 +15,8 @@ class ScriptsTest(parameterized.TestCase):
     """Output, JSON and errors of a script that shall exit with `code`."""
     folder = self.enterContext(tempfile.TemporaryDirectory())
     output, picture = (os.path.join(folder, f) for f in ('a.json', 'a.png'))
-    done = run(script, f'--output={output}', f'--picture={picture}', *arguments)
+    done = scripts_test.run(
+        script, f'--output={output}', f'--picture={picture}', *arguments)
     self.assertEqual(done.returncode, code, done.stderr)
     with open(picture, 'rb') as file:
       self.assertEqual(file.read(4), b'\x89PNG')
@@ -79,7 +69,7 @@ class ScriptsTest(parameterized.TestCase):
       ('memory', '--shapes=XL', "`shapes` has no 'XL'"),
       ('placement', '--seeds=one', '`seeds` must be whole numbers'))
   def test_refused_flags(self, script, flag, message):
-    done = run(f'local_fg_{script}.py', flag)
+    done = scripts_test.run(f'local_fg_{script}.py', flag)
     self.assertEqual(done.returncode, 2, done.stderr)
     self.assertIn(f'error: {message}', done.stderr)
     self.assertNotIn('Traceback', done.stderr)

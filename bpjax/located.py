@@ -44,19 +44,21 @@ class Judge:
     Returns:
       Block or 'output' -> `[batch]` and the axes of its losses.
     """
-    product = jax.tree.map(
-        lambda e, c: e * c.astype(e.dtype), self.errors, change)
-    result = {n: self._sum(p) for n, p in product['blocks'].items()}
-    return result | {'output': _rows(product['output'])}
+    result = {
+        n: self._product(e, change['blocks'][n])
+        for n, e in self.errors['blocks'].items()}
+    output = self.errors['output']
+    return result | {
+        'output': _rows(output * change['output'].astype(output.dtype))}
 
-  def _sum(self, product):
+  def _product(self, error, change):
     """Over the entries of a block's output that one loss has its gradient from."""
-    product = self._apart(product)
-    axes = [product.ndim - 1]
-    if self._placement != 'group':
-      axes.append(product.ndim - 2)
-    if self._placement == 'block':
-      axes += range(1, product.ndim - 2)
+    # Faster on a CPU than the sum of a product, beside an axis of 1.
+    product = jnp.vecdot(
+        self._apart(error), self._apart(change.astype(error.dtype)),
+        precision='highest')
+    first = {'block': 1, 'patch': product.ndim - 1, 'group': product.ndim}
+    axes = range(first[self._placement], product.ndim)
     return jnp.sum(product, axis=tuple(axes))
 
   def _apart(self, x):
@@ -82,7 +84,7 @@ class Judge:
       if self._placement == 'block':
         result[name] = _rows(self.of_block(name, moved))
         continue
-      places = self._sum(jnp.zeros_like(still)).shape[1:]
+      places = jax.eval_shape(self._product, still, still).shape[1:]
 
       def at(i):
         mask = jnp.arange(math.prod(places)) == i

@@ -18,6 +18,7 @@ from bpjax import credit
 from bpjax import feedback as feedback_lib
 from bpjax import linen
 from bpjax import paths
+from bpjax import random_bits
 from bpjax import reduction as reduction_lib
 import jax
 import jax.numpy as jnp
@@ -543,7 +544,7 @@ def rademacher(key: base.Key, arrays: list[base.Array]) -> list[base.Array]:
     [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
   """
   sizes = [-(-x.size // _WORD) for x in arrays]
-  words = jax.random.bits(key, (sum(sizes),), jnp.uint32)
+  words = random_bits.words(key, sum(sizes))
   # One bit of all words, then the next: signs lie in memory as the words do.
   place = jax.lax.broadcasted_iota(jnp.uint32, (_WORD, 1), 0)
   signs, first = [], 0

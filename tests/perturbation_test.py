@@ -1,8 +1,12 @@
 """Forward gradient: unbiased, with the variance of the formula, on any model."""
 
+import functools
+
 from absl.testing import parameterized
 import bpjax
 from bpjax import credit as credit_lib
+from bpjax import perturbation
+from bpjax import random_bits
 import flax.linen as nn
 import float64
 import jax
@@ -218,6 +222,32 @@ class DifferencesTest(float64.Float64TestCase):
       error = kernel.std(0) / np.sqrt(len(kernel))
       self.assertLess(
           float(jnp.max(jnp.abs(kernel.mean(0) - expected) / error)), 4.5)
+
+
+class RandomBitsTest(parameterized.TestCase):
+
+  @parameterized.parameters(
+      jax.random.key, jax.random.PRNGKey,
+      functools.partial(jax.random.key, impl='rbg'))
+  def test_are_those_of_jax(self, make):
+    ours = lambda key: random_bits.words(key, 1001)
+    theirs = lambda key: jax.random.bits(key, (1001,), jnp.uint32)
+    key = make(5)
+    np.testing.assert_array_equal(ours(key), theirs(key))
+    keys = jax.random.split(key, 3)
+    if make is jax.random.key:
+      np.testing.assert_array_equal(
+          jax.jit(jax.vmap(ours))(keys), jax.vmap(theirs)(keys))
+
+  def test_signs_are_as_many_of_either_kind(self):
+    arrays = [jnp.zeros((7, 9)), jnp.zeros((1000, 33)), jnp.zeros(())]
+    signs = perturbation.rademacher(jax.random.key(0), arrays)
+    self.assertEqual([s.shape for s in signs], [a.shape for a in arrays])
+    np.testing.assert_array_equal(jnp.abs(signs[1]), 1)
+    self.assertLess(abs(float(signs[1].sum())), 4 * 33000**.5)
+    # No two columns are alike: a bit of a word is not taken twice.
+    products = np.array(signs[1].T @ signs[1]) - 1000 * np.eye(33)
+    self.assertLess(np.abs(products).max(), 5 * 1000**.5)
 
 
 class EngineTest(float64.Float64TestCase):

@@ -30,6 +30,7 @@ import time
 
 from absl import flags
 import bpjax
+from bpjax.models.local_mixer import NormedLayer
 from experiments import measurement
 import jax
 import jax.numpy as jnp
@@ -143,15 +144,13 @@ def step_temporaries(batch: int = 32) -> list[dict]:
   """XLA temporaries of a step of `bpjax.local` on M/8/16; compiles only."""
   net = bpjax.from_linen(
       bpjax.models.local_mixer(10, 'm/8/16'),
-      is_unit=lambda m: type(m).__name__ == 'NormedLayer')
+      is_unit=lambda m: isinstance(m, NormedLayer))
   x = jnp.zeros((batch, 32, 32, 3))
   variables = jax.eval_shape(net.init, jax.random.key(0), x)
   rows = []
-  for name in ('backprop', 'forward_gradient'):
+  for name in ('LG-BP', 'LG-FG-A'):
     for placement in ('block', 'patch', 'group'):
-      rule = bpjax.local(
-          bpjax.rules.get(name)(), ['block_*'], placement=placement,
-          grouped=True)
+      rule = bpjax.variant(name, placement=placement)
       feedback = jax.eval_shape(
           lambda key, v: rule.init(key, net, v, x),  # pylint: disable=cell-var-from-loop
           jax.random.key(1), variables)

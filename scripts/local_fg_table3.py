@@ -5,7 +5,7 @@
 
 Scaling forward gradient with local losses, Ren, Kornblith, Liao and Hinton,
 ICLR 2023 (https://arxiv.org/abs/2210.03310). Presets `mnist_s` and `mnist_m` are
-LocalMixer S/1/1 and M/1/16 on MNIST, for 10 epochs; `cifar10` is M/8/16 on
+LocalMixer S/1/1 and M/1/16 on MNIST, for 30 epochs; `cifar10` is M/8/16 on
 CIFAR-10 for 2 epochs, a trial; `cifar10_full` for 100, which wants a GPU. The
 paper's settings for these data are not public: Adam and a cosine, with a rate a
 variant that `scripts/local_fg_search.py` chose on validation examples.

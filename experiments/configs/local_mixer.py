@@ -26,7 +26,11 @@ from experiments import config as config_lib
 CANDIDATES = (1e-3, 3e-3, 1e-2)
 _DEFAULT = 0  # Of all variants.
 # SIZE:DATASET -> variant -> index of its best; results/local_fg_search.json.
-CHOSEN = {}
+CHOSEN = {
+    'm/1/16:mnist': {
+        'BP': 2, 'L-BP': 1, 'LG-BP': 1, 'FA': 1, 'L-FA': 2, 'LG-FA': 2,
+        'DFA': 1, 'FG-W': 2, 'FG-A': 0, 'LG-FG-W': 1, 'LG-FG-A': 0},
+}
 EPOCHS = {'mnist': 30, 'cifar10': 2}
 
 

@@ -20,6 +20,8 @@ COLLECTIONS = (
 # Collections of models that never change, so that a unit may hold them: they
 # are inputs of the unit behind those of its call.
 CONSTANTS = ('perturbation',)
+# Where `bpjax.nn.rectified` notes which entries are active.
+ACTIVE = 'active'
 
 
 class Activations(NamedTuple):
@@ -111,6 +113,8 @@ class UnitInfo:
       input's middle axes (Dense, DenseGeneral), so that its features are the
       last axes alone.
     feature_axes: the number of trailing input axes that are its features.
+    summed_axes: of an Einsum, the axes of its kernel that are summed over,
+      counted from the last; None for another operation.
     owns_activation: whether the unit holds its nonlinearity.
     reads: for each input, the unit whose output it is, with nothing between
       but a reshape, pooling, a mask (dropout) or a constant factor; or None.
@@ -132,6 +136,7 @@ class UnitInfo:
   calls: int
   positionwise: bool
   feature_axes: int
+  summed_axes: tuple[int, ...] | None = None
   owns_activation: bool = False
   reads: tuple[str | None, ...] = ()
   readers: tuple[str, ...] = ()

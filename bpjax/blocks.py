@@ -177,7 +177,9 @@ def layer_norm(x: jnp.ndarray, epsilon: float = 1e-5) -> jnp.ndarray:
     >>> layer_norm(jnp.array([[1., 2., 3.]])).round(3)
     Array([[-1.225,  0.   ,  1.225]], dtype=float32)
   """
-  return _normed(epsilon, x)[0]
+  # Moments in less than single precision would lose what is small beside them.
+  precise = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  return _normed(epsilon, precise)[0].astype(x.dtype)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -149,5 +149,7 @@ def bottleneck(
   if isinstance(rule, perturbation.Rule):
     return dataclasses.replace(rule, mask=mask)
   raise ValueError(
-      f'`rule` must be a rule such as bpjax.rules.feedback_alignment(), got '
-      f'{rule!r}.')
+      '`rule` must be of the credit or the perturbation engine, such as '
+      'bpjax.rules.feedback_alignment(), got '
+      f'{getattr(rule, "name", rule)!r}; under local losses mask the rule of '
+      'the blocks, bpjax.local(bpjax.bottleneck(rule, ...), ...).')

@@ -57,6 +57,8 @@ def draw(
 
 def fan_in(info: base.UnitInfo, shape: tuple[int, ...]) -> int:
   """How many inputs each output of a kernel of this shape sums over."""
+  if info.summed_axes is not None:
+    return math.prod(shape[axis] for axis in info.summed_axes)
   if info.positionwise:
     return math.prod(shape[:info.feature_axes])
   return math.prod(shape[:-1])

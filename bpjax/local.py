@@ -70,7 +70,7 @@ def local(
       channels]`; `groups` is taken from there then.
     stop: where gradients stop. 'output': after blocks; 'overlap': after every
       second block, in two passes whose updates add up, so that a block learns
-      from the loss of the next one, too; 'branch': at the inputs of `branches`,
+      from its own loss twice and from that of the next one; 'branch': at the inputs of `branches`,
       so that skip connections still carry the gradient; 'none'.
     stop_every: under 'output', i blocks between two stops.
     stop_remainder: the gradient stops after block i where i modulo `stop_every`
@@ -85,8 +85,8 @@ def local(
     trainable.
 
   Raises:
-    ValueError: for a value out of range; when the network is known, for a glob
-      without a module, a block that is named twice, lies in another, is called
+    ValueError: for a value out of range; when the network is known, for several
+      outputs, a glob without a module, a block that is named twice, lies in another, is called
       twice or has no trainable unit, and groups that do not divide its channels.
 
   Example:
@@ -108,6 +108,11 @@ def local(
     raise ValueError(
         '`rule` must be of the credit or the perturbation engine, such as '
         f'bpjax.rules.backprop(), got {getattr(rule, "name", rule)!r}.')
+  if loss is not None and not isinstance(loss, local_losses.LocalLoss):
+    raise ValueError(
+        '`loss` must be a local loss, such as bpjax.local_losses.prediction('
+        f'loss=...), got {getattr(loss, "__name__", loss)!r}; that of the '
+        "model's output goes to `value_and_grad`.")
   if isinstance(blocks, str):
     blocks = (blocks,)
   if not callable(blocks):
@@ -144,10 +149,11 @@ def local(
     raise ValueError(
         "`epsilon` must be 0 with `stop='branch'`, got "
         f'{rule.epsilon}: a difference does not stop inside a block.')
-  if loss is not None and loss.constants and getattr(rule, 'epsilon', 0):
+  if loss is not None and loss.differentiable_only and getattr(
+      rule, 'epsilon', 0):
     raise ValueError(
-        f'`epsilon` must be 0 with the {loss.name} loss, got {rule.epsilon}: '
-        'what it holds constant would move in a difference.')
+        f'`epsilon` must be 0 with the {loss.name} loss, got {rule.epsilon}: a '
+        "difference of one example's loss is not its part of the gradient.")
   if getattr(rule, 'noise', None):
     raise ValueError(
         f'`noise` must be None in a rule of local losses, got {rule.noise!r}: '
@@ -306,8 +312,8 @@ class Local:
 
     def learn(variables, feedback, x, y, key=None):
       passes = [
-          self._pass(view, loss, variables, feedback, x, y, key, reduction)
-          for view in self.views(net)]
+          self._pass(view, loss, variables, feedback, x, y, key, reduction, i)
+          for i, view in enumerate(self.views(net))]
       (value, aux, _, heads, count), *_ = passes
       updates = [p[2] for p in passes]
       grads, rule_grads = jax.tree.map(lambda *g: sum(g[1:], g[0]), *updates)
@@ -320,9 +326,9 @@ class Local:
 
     return learn
 
-  def _pass(self, view, loss, variables, feedback, x, y, key, reduction):
+  def _pass(self, view, loss, variables, feedback, x, y, key, reduction, i):
     """Value, aux, summed updates, those of the heads, and number of losses."""
-    losses = Losses(self, view, feedback['heads'], loss, y)
+    losses = self._losses(i, view, feedback, loss, y)
     if isinstance(self.rule, credit.Rule):
       value, aux, grads, count = self.rule.differentiate(
           view, losses.of_output, variables, feedback['rule'], x, y, key,
@@ -335,11 +341,16 @@ class Local:
     aux = aux._replace(output=aux.output[view_lib.OUTPUT])
     return value, aux, updates, losses.heads, count
 
+  def _losses(self, i, view, feedback, loss, y):
+    # A readout that is alone has one loss to learn from, in the first pass.
+    again = i > 0 and self.readout == 'detached'
+    return Losses(self, view, feedback['heads'], loss, y, 0. if again else 1.)
+
   def signals(self, net, loss, variables, feedback, x, y, key):
     """As `bpjax.credit.Rule.signals`; of several passes, the sum."""
     answers = []
-    for view in self.views(net):
-      losses = Losses(self, view, feedback['heads'], loss, y)
+    for i, view in enumerate(self.views(net)):
+      losses = self._losses(i, view, feedback, loss, y)
       how = (dict(settle=losses.settle_ports)
              if isinstance(self.rule, credit.Rule) else dict(judge=losses))
       answers.append(self.rule.signals(
@@ -363,10 +374,10 @@ class Losses(located.Judge):
     heads: block -> the summed gradient of its head, once `settle` was called.
   """
 
-  def __init__(self, local, view, heads, loss, y):
+  def __init__(self, local, view, heads, loss, y, of_output=1.):
     super().__init__(local.placement, local.groups, local.grouped)
     self._local, self._view, self._params = local, view, heads
-    self._loss, self._y = loss, y
+    self._loss, self._y, self._share = loss, y, of_output
     self.heads = {}
 
   def of_output(self, outputs: Any, y: Any = None) -> base.Array:
@@ -406,7 +417,7 @@ class Losses(located.Judge):
     output = outputs[view_lib.OUTPUT]
     losses, pull = jax.vjp(lambda o: self._loss(o, self._y), output)
     reduction_lib.check_losses(losses, output)
-    error, = pull(jnp.ones_like(losses))
+    error, = pull(jnp.full_like(losses, self._share))
     errors = {n: jnp.zeros_like(h) for n, h in outputs['blocks'].items()}
     own = {view_lib.OUTPUT: error}
     for name, head in self._params.items():

@@ -30,14 +30,15 @@ class LocalLoss:
     predict: `(head, features) -> prediction`, whose error ports bring to units.
     loss: `(prediction, y, default) -> losses [batch, ...]`; `default` is the
       loss of the model's output.
-    constants: whether a loss holds something constant that moves with its
-      input, as a stop-gradient does; finite differences would not.
+    differentiable_only: whether finite differences of an example's loss are not
+      its part of the gradient: where something that moves is held constant, as
+      by a stop-gradient, or where examples have a part in each other's losses.
   """
   name: str
   init: Callable[[base.Key, Any, Any], base.Tree]
   predict: Callable[[base.Tree, base.Array], Any]
   loss: Callable[[Any, Any, base.Loss], base.Array]
-  constants: bool = False
+  differentiable_only: bool = False
 
 
 def prediction(
@@ -79,17 +80,15 @@ def prediction(
 
   def init(key, features, output):
     fan_in, outputs = features.shape[-1], output.shape[-1]
-    kernel = jax.random.normal(key, (fan_in, outputs), features.dtype)
+    kernel = jax.random.normal(key, (fan_in, outputs), _dtype(features))
     return {'kernel': scale / math.sqrt(fan_in) * kernel,
-            'bias': jnp.zeros(outputs, features.dtype)}
+            'bias': jnp.zeros(outputs, _dtype(features))}
 
   def predict(head, features):
     if pooled and features.ndim > 2:
       features = jnp.mean(features, axis=tuple(range(1, features.ndim - 1)))
     if norm:
-      features = features - jnp.mean(features, axis=-1, keepdims=True)
-      square = jnp.mean(jnp.square(features), axis=-1, keepdims=True)
-      features = features * jax.lax.rsqrt(square + 1e-5)
+      features = blocks.layer_norm(features)
     return features @ head['kernel'] + head['bias']
 
   return LocalLoss(
@@ -139,7 +138,7 @@ def similarity(
     sides = (kernel, kernel) if len(features.shape) == 4 else ()
     shape = (*sides, channels, channels)
     std = scale / math.sqrt(math.prod(shape[:-1]))
-    return {'kernel': std * jax.random.normal(key, shape, features.dtype)}
+    return {'kernel': std * jax.random.normal(key, shape, _dtype(features))}
 
   def predict(head, features):
     if features.ndim != 4:
@@ -152,11 +151,15 @@ def similarity(
 
   def loss(z, y, default):
     del default
-    labels = jax.nn.one_hot(y, classes, dtype=z.dtype)
-    difference = cosines(z) - cosines(labels)
+    if y.ndim != 1 or not jnp.issubdtype(y.dtype, jnp.integer):
+      raise ValueError(
+          'similarity matching compares classes: labels must be integers '
+          f'[batch], got {y.dtype}{list(y.shape)}; use prediction() for others.')
+    labels = jax.nn.one_hot(replicated.gathered(y), classes, dtype=z.dtype)
+    difference = cosines(replicated.gathered(z)) - cosines(labels)
     return jnp.mean(jnp.square(difference), axis=1)
 
-  return LocalLoss('similarity', init, predict, loss)
+  return LocalLoss('similarity', init, predict, loss, differentiable_only=True)
 
 
 def prediction_and_similarity(
@@ -193,7 +196,9 @@ def prediction_and_similarity(
     apart = [p.loss(predictions[n], y, default) for n, p in parts.items()]
     return (1 - share) * apart[0] + share * apart[1]
 
-  return LocalLoss('prediction_and_similarity', init, predict, loss)
+  return LocalLoss(
+      'prediction_and_similarity', init, predict, loss,
+      differentiable_only=True)
 
 
 def contrastive(
@@ -250,7 +255,7 @@ def contrastive(
   def init(key, features, output):
     del output
     channels = features.shape[-1]
-    kernel = jax.random.normal(key, (channels, dim), features.dtype)
+    kernel = jax.random.normal(key, (channels, dim), _dtype(features))
     return {'kernel': scale / math.sqrt(channels) * kernel}
 
   def predict(head, features):
@@ -273,7 +278,13 @@ def contrastive(
             v, both(i) if negatives == 'both' else fixed[1 - i], temperature)
         for i, v in enumerate(views)])
 
-  return LocalLoss('contrastive', init, predict, loss, constants=True)
+  return LocalLoss(
+      'contrastive', init, predict, loss, differentiable_only=True)
+
+
+def _dtype(features):
+  """Of a head: as precise as parameters are, where the model computes in less."""
+  return jnp.promote_types(features.dtype, jnp.float32)
 
 
 def cosines(z: base.Array) -> base.Array:

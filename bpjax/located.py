@@ -120,15 +120,17 @@ class Judge:
     """For each perturbed array: block -> the axes of its losses, in digits."""
     if self._reach is None:
 
+      # Not as they come in a tree that has been through jax: sorted there.
+      names = [*self.errors['blocks'], 'output']
+
       def function(inputs):
         noise, perturbed = inputs
         params = {**plan.flat(plan.params), **perturbed}
         outputs = self.measure(plan.run(params, noise)[0])
-        return [*outputs['blocks'].values(), outputs['output']]
+        return [*(outputs['blocks'][n] for n in names[:-1]), outputs['output']]
 
       inputs = (plan.noise, plan.perturbed)
       found = reach_lib.reach(function, inputs)
-      names = [*self.errors['blocks'], 'output']
       self._reach = []
       for i in range(len(jax.tree.leaves(inputs))):
         reached = {}
@@ -148,12 +150,12 @@ def _rows(losses):
 def _times(plan, leaf, change, axes):
   """`leaf` times the change of the losses that each of its entries can reach."""
   digits = [d for axis in axes for d in axis]
-  change = change.reshape([n for n, _ in digits])
+  change = _split(change, [[n for n, _ in axis] for axis in axes])
   gone, places = [], []
   for i, (n, source) in enumerate(digits):
     taken = [(a, s) for a, s, m, _ in places if source and a == source[0]
              and s < source[1] * n and source[1] < s * m]
-    if source is None or taken:
+    if source is None or taken or n == 1:
       gone.append(i)
     else:
       places.append((*source, n, i))
@@ -162,17 +164,34 @@ def _times(plan, leaf, change, axes):
   order = sorted(range(len(places)), key=lambda j: (
       places[j][0], -places[j][1]))
   change = jnp.transpose(change, order)
-  whole, parts = [], []
+  whole, missing = [], []  # The parts of each axis; those without a change.
   for axis, n in enumerate(leaf.shape):
+    parts = []
     for a, stride, size, _ in (places[j] for j in order):
       if a == axis:
-        whole += [n // (stride * size), size]
-        parts += [1, size]
+        parts += [(n // (stride * size), False), (size, True)]
         n = stride
-    whole.append(n)
-    parts.append(1)
-  return plan.product(
-      leaf.reshape(whole), change.reshape(parts)).reshape(leaf.shape)
+    # What has size 1 is left out: an axis that is not cut stays as it is.
+    parts = [(m, own) for m, own in (*parts, (n, False)) if m > 1 or own]
+    parts = parts or [(1, False)]
+    first = sum(map(len, whole))
+    missing += [first + i for i, (_, own) in enumerate(parts) if not own]
+    whole.append([m for m, _ in parts])
+  product = plan.product(
+      _split(leaf, whole), jnp.expand_dims(change, tuple(missing)))
+  for axis, n in enumerate(leaf.shape):
+    if len(whole[axis]) > 1:
+      rest = product.shape[axis + len(whole[axis]):]
+      product = product.reshape(*leaf.shape[:axis], n, *rest)
+  return product
+
+
+def _split(x, parts):
+  """Each axis as several; one at a time, as explicit sharding asks."""
+  for axis, sizes in reversed(list(enumerate(parts))):
+    if list(sizes) != [x.shape[axis]]:
+      x = x.reshape(*x.shape[:axis], *sizes, *x.shape[axis + 1:])
+  return x
 
 
 def flat_shape(features: Any, grouped: bool) -> jax.ShapeDtypeStruct:

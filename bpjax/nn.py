@@ -8,10 +8,43 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from bpjax import base
 import flax.linen as nn
 from flax import nnx
 import jax
 import jax.numpy as jnp
+
+
+def rectified(module: nn.Module, name: str, x: jnp.ndarray) -> jnp.ndarray:
+  """`relu(x)`, with word of which entries are active.
+
+  A perturbation before a rectifier that is off changes no loss, and yet would be
+  the update of its neuron: `bpjax.rules.forward_gradient` leaves out such entries
+  of the noise on the module `name`, which halves the variance. Everything else
+  is that of `nn.relu`.
+
+  Args:
+    module: the module that calls this, inside its compact method.
+    name: of its submodule whose output `x` is, or is added to in `x`.
+    x: what is rectified, in the shape of the submodule's output.
+
+  Returns:
+    An array in the shape of `x`.
+
+  Example:
+    >>> import jax
+    >>> class Hidden(nn.Module):
+    ...   @nn.compact
+    ...   def __call__(self, x):
+    ...     return rectified(self, 'affine', nn.Dense(8, name='affine')(x))
+    >>> Hidden().init_with_output(jax.random.key(0), jnp.ones((2, 4)))[0].shape
+    (2, 8)
+  """
+  if not module.is_initializing():  # It is no variable to start with.
+    module.sow(
+        base.ACTIVE, f'{name}_{base.ACTIVE}', x > 0, init_fn=lambda: None,
+        reduce_fn=lambda before, new: new)
+  return nn.relu(x)
 
 
 class Layer(nn.Module):

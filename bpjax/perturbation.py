@@ -38,6 +38,7 @@ class Rule(feedback_lib.NoFeedback):
     directions: `(key, arrays) -> tangents`, one in the shape of each.
     perturb: 'activity' (module outputs) or 'weight' (parameters).
     samples: how many directions each update averages over.
+    loop: whether samples are taken one after the other.
     exact_readout: whether the output unit keeps its own exact gradient.
     mask: which neurons learn (`bpjax.bottleneck`), or None for all.
     orthogonal: whether the samples' directions are at right angles.
@@ -59,6 +60,7 @@ class Rule(feedback_lib.NoFeedback):
   antithetic: bool = False
   signs: bool = False
   noise: str | None = None
+  loop: bool = False
 
   def init(self, key, net, variables, x) -> dict[str, Any]:
     """The rule's feedback: none, {}. Checks that it can train the network."""
@@ -76,6 +78,11 @@ class Rule(feedback_lib.NoFeedback):
           'derivative that is zero everywhere (sign, round, a comparison); use '
           'a smooth activation, or finite differences, `epsilon=1e-3`.')
     checks.check_lists(survey, 'noise', f'rule `{self.name}`')
+    for name, info in survey.units.infos.items():
+      if self.exact_readout and info.is_output and info.calls > 1:
+        raise ValueError(
+            f'the readout `{name}` is called {info.calls} times, so that it has '
+            'no gradient of its own; use `exact_readout=False`.')
     if self.noise and survey.batch_coupled:
       raise ValueError(
           "`noise` must be None where an example's loss depends on the others, "
@@ -155,14 +162,14 @@ class Rule(feedback_lib.NoFeedback):
     survey = net.survey(variables, x)
     self.check(survey)
     if self.noise == 'independent':
-      return self._one_by_one(net, variables, x, key, judge)
+      return self._by_example(net, variables, x, key, judge)
     model_key, direction_key = credit.split(key)
     plan = Plan(self, net, survey, variables, x, model_key)
     params = variables['params']
 
     def forward(params, noise, net=net):
-      output, outputs, state = plan.run(params, noise, net)
-      return (judge.measure(output), outputs), (output, state)
+      output, outputs, state, active = plan.run(params, noise, net)
+      return (judge.measure(output), outputs), (output, state, active)
 
     def perturbed_forward(noise, perturbed):
       # Reverse derivatives, cut off at the barriers, see each module's own
@@ -181,32 +188,49 @@ class Rule(feedback_lib.NoFeedback):
     else:
       measured, push, (_, pull, aux) = jax.linearize(
           perturbed_forward, plan.noise, plan.perturbed, has_aux=True)
+    *aux, active = aux
     losses, error = judge.settle(measured)
     change = push if self.epsilon else lambda u, v: judge.locate(push(u, v))
 
     def sample(directions):
       u, v = directions
+      u = plan.where_active(u, active)
       teaching, grads = judge.teach(plan, u, v, change(u, v))
       pulled, = pull((jax.tree.map(jnp.zeros_like, measured), teaching))
       return {**pulled, **grads}, teaching
 
-    directions = plan.draw(direction_key, judge)
     if self.samples == 1:
-      grads, teaching = sample(directions)
+      grads, teaching = sample(plan.draw(direction_key, judge))
+    elif self.loop:
+      grads, teaching = self._in_turn(
+          sample, plan, direction_key, judge)
     else:
       grads, teaching = jax.tree.map(
-          lambda g: jnp.mean(g, axis=0), jax.vmap(sample)(directions))
+          lambda g: jnp.mean(g, axis=0),
+          jax.vmap(sample)(plan.draw(direction_key, judge)))
     if self.exact_readout:
       nothing = jax.tree.map(jnp.zeros_like, plan.noise)
       exact, = pull((error, nothing))
-      exact = plan.masked(exact)
+      exact, = plan.masked((exact,))
       grads = {k: exact[k] if plan.is_readout(k) else g
                for k, g in grads.items()}
     grads = jax.tree.unflatten(
         jax.tree.structure(params), [grads[k] for k in plan.names])
     return jnp.mean(losses), base.Aux(*aux), grads, losses.size, teaching
 
-  def _one_by_one(self, net, variables, x, key, judge):
+  def _in_turn(self, sample, plan, key, judge):
+    """The mean of the samples, of which one is held at a time."""
+    if self.orthogonal:  # They have to be known together.
+      items, draw = plan.draw(key, judge), lambda directions: directions
+    else:
+      items, draw = jax.random.split(key, self.samples), plan.draw_one
+    at = lambda i: sample(draw(jax.tree.map(lambda a: a[i], items)))
+    total = jax.lax.fori_loop(
+        1, self.samples, lambda i, total: jax.tree.map(jnp.add, total, at(i)),
+        at(0))
+    return jax.tree.map(lambda g: g / self.samples, total)
+
+  def _by_example(self, net, variables, x, key, judge):
     """`differentiate` with each example as a batch, whose noise is its own."""
     rule = dataclasses.replace(self, noise=None)
 
@@ -310,7 +334,7 @@ class Plan:
     self._readout = next(
         (n for n, i in survey.units.infos.items() if i.is_output), None)
     self._coupled = bool(survey.batch_coupled)
-    self._owners = set()
+    self._owners, self._behind = set(), set()
     batch = jax.tree.leaves(x)[0].shape[0]
     shapes = self._noise_shapes(x)
     larger = self._noise_shapes(jax.tree.map(
@@ -332,11 +356,13 @@ class Plan:
     return dict(zip(self.names, jax.tree.leaves(params)))
 
   def is_readout(self, name):
-    return (self._rule.exact_readout and self._readout is not None
-            and _inside(name, self._readout))
+    """Whether a module or parameter keeps its exact gradient."""
+    if not self._rule.exact_readout or self._readout is None:
+      return False
+    return any(_inside(name, m) for m in (self._readout, *self._behind))
 
   def run(self, params, noise, net=None):
-    """The model's output, each perturbed output, and the model's state."""
+    """The model's output, each perturbed output, the state, what is active."""
 
     def visit(call):
       out = call.original()
@@ -352,9 +378,22 @@ class Plan:
         jax.tree.structure(self.params), [params[k] for k in self.names])
     output, collections = (net or self._net).run(
         {'params': params, 'noise': noise, **self._state}, self._x, visit,
-        self._key, [*self._state, 'noise'], owners=True)
+        self._key, [*self._state, 'noise', base.ACTIVE], owners=True)
     state = {c: collections[c] for c in self._state}
-    return output, collections.get('noise', {}), state
+    active = collections.get(base.ACTIVE, {})
+    return output, collections.get('noise', {}), state, active
+
+  def where_active(self, u, active):
+    """The noise `u` with 0 where a rectifier is known to send none of it on."""
+
+    def apply(name, leaf):
+      owner = name.rpartition('/')[0]
+      known = paths.subtree(active, f'{owner}_{base.ACTIVE}')
+      if getattr(known, 'shape', None) != leaf.shape:
+        return leaf
+      return jnp.where(known, leaf, 0)
+
+    return paths.map_with_name(apply, u) if active else u
 
   def draw(self, key, judge):
     """Tangents for the noise and the perturbed parameters.
@@ -364,22 +403,25 @@ class Plan:
     if self._rule.orthogonal:
       return self._draw_orthogonal(key, judge)
     if self._rule.samples == 1:
-      return self._draw_one(key)
-    return jax.vmap(self._draw_one)(
+      return self.draw_one(key)
+    return jax.vmap(self.draw_one)(
         jax.random.split(key, self._rule.samples))
 
-  def _draw_one(self, key):
+  def draw_one(self, key):
+    """The same for one of several samples, of which no other is read."""
+    return self.masked(self._drawn(key))
+
+  def _drawn(self, key):
     leaves, structure = jax.tree.flatten((self.noise, self.perturbed))
     u, v = jax.tree.unflatten(structure, self._rule.directions(key, leaves))
     if self._rule.noise == 'shared':
       u = jax.tree.map(_as_the_first, u, self._batch_axes)
-    return self.masked(u), self.masked(v)
+    return u, v
 
   def _draw_orthogonal(self, key, judge):
     """Directions at right angles, example by example and loss by loss."""
     tree = (self.noise, self.perturbed)
-    drawn = jax.vmap(self._draw_one)(
-        jax.random.split(key, self._rule.samples))
+    drawn = jax.vmap(self._drawn)(jax.random.split(key, self._rule.samples))
     names = paths.leaf_names(tree)
     axes = [*jax.tree.leaves(self._batch_axes), *[-1] * len(self.perturbed)]
     groups = {}
@@ -395,11 +437,15 @@ class Plan:
       for i, leaf in zip(members, _orthogonal(own)):
         leaves[i] = leaf
     drawn = jax.tree.unflatten(jax.tree.structure(tree), leaves)
-    return drawn if self._rule.samples > 1 else jax.tree.map(
-        lambda leaf: leaf[0], drawn)
+    if self._rule.samples > 1:
+      return jax.vmap(self.masked)(drawn)
+    return self.masked(jax.tree.map(lambda leaf: leaf[0], drawn))
 
-  def masked(self, tree):
-    """`tree`, named by units, with 0 for the neurons that do not learn."""
+  def masked(self, trees):
+    """Trees named by units, with 0 for the neurons that do not learn."""
+    return tuple(map(self._masked, trees))
+
+  def _masked(self, tree):
     if self._rule.mask is None:
       return tree
 
@@ -433,10 +479,14 @@ class Plan:
 
   def _noise_shapes(self, x):
     """The shape of every output to perturb; notes the modules seen."""
+    before = []
 
     def visit(call):
       out = call.original()
       if hasattr(out, 'dtype') and jnp.issubdtype(out.dtype, jnp.inexact):
+        if any(map(self.is_readout, before)):
+          self._behind.add(call.name)  # A norm of the readout's output, say.
+        before.append(call.name)
         self._owners.add(call.name)
         if self._rule.perturb == 'activity' and not self.is_readout(call.name):
           call.write('noise', jnp.zeros_like(out), 'call')
@@ -472,6 +522,8 @@ def _orthogonal(leaves):
       jnp.moveaxis(leaf, axis + 1, 1).reshape(len(leaf), leaf.shape[axis + 1], -1)
       for leaf, axis in leaves]
   joined = jnp.moveaxis(jnp.concatenate(rows, axis=2), 0, 2)
+  # There is no QR decomposition in less than single precision.
+  joined = joined.astype(jnp.promote_types(joined.dtype, jnp.float32))
   *_, size, samples = joined.shape
   if samples > size:
     raise ValueError(
@@ -485,6 +537,7 @@ def _orthogonal(leaves):
   for row, (leaf, axis) in zip(rows, leaves):
     part = joined[:, :, first:first + row.shape[2]]
     first += row.shape[2]
+    part = part.astype(leaf.dtype)
     if axis is None:
       result.append(part.reshape(leaf.shape))
     else:

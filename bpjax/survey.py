@@ -293,7 +293,19 @@ def _info(name, note, output, is_output, calls):
       out=note['out'], params=note['params'], net_output=output,
       is_output=is_output, sends=note.get('sends', False),
       taught=note.get('taught', False), calls=calls,
-      positionwise=positionwise, feature_axes=features)
+      positionwise=positionwise, feature_axes=features,
+      summed_axes=_summed_axes(note['unit'].affine_module))
+
+
+def _summed_axes(module):
+  """Of an Einsum's kernel; None for another module."""
+  formula = getattr(module, 'einsum_str', None)
+  if not formula or '->' not in formula:
+    return None
+  operands, result = formula.replace(' ', '').split('->')
+  kernel = operands.rpartition(',')[2]
+  return tuple(
+      i - len(kernel) for i, letter in enumerate(kernel) if letter not in result)
 
 
 def _contracted_axes(module, ndim):

@@ -188,7 +188,8 @@ def _check(blocks, enters, names, seen, units, order):
   known = [name for name in seen if name]
   for kind, globs in (('blocks', blocks), ('branches', enters)):
     for glob in () if callable(globs) else globs:
-      if not any(paths.is_module(glob, name) for name in seen):
+      called = names if kind == 'blocks' else seen
+      if not any(paths.is_module(glob, name) for name in called):
         raise ValueError(
             f'`{kind}` has the glob {glob!r}, which fits no module that the '
             f'model calls; {paths.nearest(glob, known)}.')

@@ -54,6 +54,22 @@ class BottleneckTest(float64.Float64TestCase):
     self.assertEqual(moved(grads['Dense_1']), _LEARNERS)
     self.assertTrue(all(moved(grads['Dense_2'])))
 
+  def test_orthogonal_directions(self):
+    rule = bpjax.bottleneck(
+        bpjax.rules.forward_gradient(directions='orthogonal', samples=2),
+        {'Dense_1': _LEARNERS})
+    one = jax.vmap(lambda key: rule.value_and_grad(self.net, _LOSS)(
+        self.variables, {}, self.x, self.y, key)[1][0]['Dense_1'])
+    got = jax.jit(one)(jax.random.split(jax.random.key(4), 4000))
+    exact, _ = learn(
+        bpjax.bottleneck(bpjax.rules.backprop(), {'Dense_1': _LEARNERS}),
+        self.net, self.variables, self.x, self.y)
+    want = exact['Dense_1']['kernel']
+    slope = jnp.sum(got['kernel'].mean(0) * want) / jnp.sum(want**2)
+    self.assertBetween(float(slope), .9, 1.1)
+    silent = ~np.array(_LEARNERS)
+    np.testing.assert_array_equal(got['kernel'][..., silent], 0)
+
   def test_backprop_below_is_that_of_the_masked_gradient(self):
     rule = bpjax.bottleneck(bpjax.rules.backprop(), {'Dense_1': _LEARNERS})
     grads, _ = learn(rule, self.net, self.variables, self.x, self.y)
@@ -132,7 +148,7 @@ class BottleneckTest(float64.Float64TestCase):
       rule.init(jax.random.key(0), self.net, self.variables, self.x)
 
   def test_refuses_what_is_no_rule(self):
-    with self.assertRaisesRegex(ValueError, 'must be a rule'):
+    with self.assertRaisesRegex(ValueError, 'must be of the credit or the perturbation'):
       bpjax.bottleneck(bpjax.rules.backprop, {'Dense_1': 1})
 
   def test_a_field_of_a_config(self):

@@ -175,6 +175,12 @@ class ForwardTest(float64.Float64TestCase):
     np.testing.assert_allclose(a[0][0], norm(np.asarray(x)), atol=1e-12)
     constant = blocks.layer_norm(jnp.full((2, 3), 1e4, jnp.float32))
     np.testing.assert_allclose(constant, 0, atol=1e-3)
+    # In half precision a mean of 16 deviations would leave nothing of the rest.
+    half = (16 + jax.random.normal(jax.random.key(1), (4, 64))).astype('bfloat16')
+    got = blocks.layer_norm(half)
+    self.assertEqual(got.dtype, jnp.bfloat16)
+    np.testing.assert_allclose(
+        got.astype('float64'), norm(np.asarray(half, np.float64)), atol=.02)
 
 
 class RulesTest(float64.Float64TestCase):
@@ -307,6 +313,27 @@ class ShardingTest(float64.Float64TestCase):
     self.assert_close(got, expected, 1e-10)
 
 
+  @parameterized.parameters('LG-FG-A', 'LG-FG-W', 'LG-FA')
+  def test_local_losses_of_examples_on_two_devices(self, name):
+    mesh = jax.make_mesh(
+        (2,), ('data',), axis_types=(jax.sharding.AxisType.Explicit,),
+        devices=jax.devices()[:2])
+    net, variables, x = float64.setup(
+        tiny(blocks=2), images(batch=4), is_unit=is_normed)
+    rule, y = bpjax.variant(name), jnp.arange(4)
+    feedback = rule.init(jax.random.key(1), net, variables, x)
+    learn = rule.value_and_grad(net, bpjax.losses.softmax_cross_entropy)
+    key = jax.random.key(2)
+    expected = jax.jit(learn)(variables, feedback, x, y, key)[1]
+    place = lambda tree, *axes: jax.device_put(
+        tree, jax.NamedSharding(mesh, jax.P(*axes)))
+    with jax.set_mesh(mesh):
+      got = jax.jit(learn)(
+          place(variables), place(feedback), place(x, 'data'),
+          place(y, 'data'), place(key))[1]
+    self.assert_close(got, expected, 1e-10)
+
+
 class ErrorsTest(parameterized.TestCase):
 
   @parameterized.parameters(
@@ -314,6 +341,7 @@ class ErrorsTest(parameterized.TestCase):
       ({'groups': 3}, '`groups` must divide the channels, 8, .*got 3'),
       ({'groups': 4, 'hidden': 6}, '`groups` must divide the hidden, 6'),
       ({'mixer': 'token'}, "`mixer` must be 'dense' or 'conv'"),
+      ({'dtype': 'floa'}, "`dtype` must be None, .*got 'floa'"),
       ({'init': 'he'}, "`init` must be 'kaiming', 'lecun' or 'constant'"),
       ({'blocks': 0}, '`blocks` must be made of positive whole numbers'),
       ({'patches': 1.5}, '`patches` must be made of positive whole numbers'))

@@ -166,8 +166,33 @@ class BackpropTest(float64.Float64TestCase):
           variables['params'])
       for part in ('stem', 'block_0', 'block_1', 'block_2', 'block_3'):
         self.assert_close(grads[name][part], expected[part], 1e-14)
+    # The readout has one loss in either pass, and learns from it once.
+    self.assert_close(grads['both'].pop('readout'), grads['one'].pop('readout'),
+        1e-14)
+    del grads['two']['readout']
     self.assert_close(
         grads['both'], jax.tree.map(jnp.add, grads['one'], grads['two']), 1e-14)
+
+  def test_blocks_that_are_not_called_in_the_order_of_their_names(self):
+
+    class Backwards(nn.Module):
+
+      @nn.compact
+      def __call__(self, x):
+        for name in ('second', 'first'):
+          x = nn.tanh(nn.Dense(6, name=name)(x))
+        return nn.Dense(3, name='readout')(x)
+
+    net, variables, x, y = setup(Backwards())
+    rule = bpjax.local(
+        bpjax.rules.forward_gradient(), ['second', 'first'], placement='group',
+        groups=2)
+    feedback = rule.init(jax.random.key(2), net, variables, x)
+    own = rule.value_and_grad(net, LOSS)
+    key = jax.random.key(1)
+    outside = jax.jit(lambda: own(variables, feedback, x, y, key))()
+    self.assert_close(
+        jax.jit(own)(variables, feedback, x, y, key), outside, 1e-12)
 
   def test_branch_only(self):
     model = Net(blocks=2, skip=True)
@@ -533,6 +558,18 @@ class LocalLossesTest(float64.Float64TestCase):
     self.assert_close(grads['block_0'], expected['block_0'], 1e-14)
     self.assert_close(own['heads']['block_0'], head, 1e-14)
 
+  def test_similarity_compares_classes(self):
+    local = local_losses.similarity(3)
+    with self.assertRaisesRegex(ValueError, r'must be integers \[batch\]'):
+      local.loss(jnp.ones((3, 4)), jnp.eye(3), None)
+
+  def test_a_head_is_no_less_precise_than_parameters(self):
+    features = jax.ShapeDtypeStruct((2, 5, 4), jnp.bfloat16)
+    for local in (local_losses.prediction(), local_losses.similarity(3),
+                  local_losses.contrastive(4)):
+      head = local.init(jax.random.key(0), features, jnp.ones((2, 3)))
+      self.assertEqual({a.dtype for a in head.values()}, {jnp.dtype('float32')})
+
   def test_similarity_of_images(self):
     local = local_losses.similarity(3)
     h = jax.random.normal(jax.random.key(0), (4, 5, 5, 2))
@@ -588,6 +625,9 @@ class ErrorsTest(parameterized.TestCase):
       (dict(head_scale=-1), '`head_scale` must be'),
       (dict(rule=RULES.forward_gradient(epsilon=.1), stop='branch',
             branches=['a']), '`epsilon` must be 0'),
+      (dict(rule=RULES.forward_gradient(epsilon=.1),
+            loss=local_losses.similarity(3)), '`epsilon` must be 0'),
+      (dict(loss=LOSS), '`loss` must be a local loss'),
       (dict(rule=RULES.forward_gradient(noise='shared')),
        '`noise` must be None in'))
   def test_arguments(self, arguments, message):

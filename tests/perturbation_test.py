@@ -159,6 +159,16 @@ class VarianceTest(float64.Float64TestCase):
       zoo.learn(rule, self.net, LOSS)(
           self.variables, {}, self.x, self.y, key=jax.random.key(1))
 
+  def test_samples_in_turn_are_those_at_once(self):
+    for arguments in ({}, {'perturb': 'weight'}, {'directions': 'orthogonal'}):
+      grads = []
+      for loop in (False, True):
+        rule = bpjax.rules.forward_gradient(
+            samples=3, loop=loop, exact_readout=False, **arguments)
+        grads.append(jax.jit(rule.value_and_grad(self.net, LOSS))(
+            self.variables, {}, self.x, self.y, jax.random.key(1))[1][0])
+      self.assert_close(*grads, 1e-12)
+
   def test_samples_divide_it(self):
     one = self.measured(directions='rademacher')
     four = self.measured(directions='rademacher', samples=4)
@@ -248,6 +258,90 @@ class RandomBitsTest(parameterized.TestCase):
     # No two columns are alike: a bit of a word is not taken twice.
     products = np.array(signs[1].T @ signs[1]) - 1000 * np.eye(33)
     self.assertLess(np.abs(products).max(), 5 * 1000**.5)
+
+
+class Rectified(nn.Module):
+  """Two rectified layers, of which one has a residual connection."""
+  tells: bool = True
+
+  @nn.compact
+  def __call__(self, x):
+    for i in range(2):
+      out = nn.Dense(6, name=f'layer_{i}')(x)
+      out = x + out if i else out
+      if self.tells:
+        x = bpjax.nn.rectified(self, f'layer_{i}', out)
+      else:
+        x = nn.relu(out)
+    return nn.Dense(3, name='readout')(x)
+
+
+class RectifiedTest(float64.Float64TestCase):
+
+  def setUp(self):
+    super().setUp()
+    x = jax.random.normal(jax.random.key(0), (4, 5), jnp.float64)
+    self.net, self.variables, self.x = float64.setup(Rectified(), x)
+    self.y = jnp.arange(4) % 3
+    _, (self.exact, _) = zoo.learn(bpjax.rules.backprop(), self.net, LOSS)(
+        self.variables, {}, self.x, self.y)
+
+  def test_what_is_off_has_no_update_and_the_rest_less_variance(self):
+    self.assertEqual(list(self.variables), ['params'])
+    rule = bpjax.rules.forward_gradient()
+    got = draws(rule, self.net, self.variables, self.x, self.y, 4000)
+    plain = bpjax.from_linen(Rectified(tells=False))
+    other = draws(rule, plain, self.variables, self.x, self.y, 4000)
+    for layer in ('layer_0', 'layer_1'):
+      exact = self.exact[layer]['kernel']
+      mean, error = got[layer]['kernel'].mean(0), got[layer]['kernel'].std(0)
+      np.testing.assert_array_less(
+          jnp.abs(mean - exact), 5 * error / 4000**.5 + 1e-12)
+      variance = lambda g: float(jnp.sum(jnp.var(g, axis=0)))  # pylint: disable=cell-var-from-loop
+      self.assertLess(
+          variance(got[layer]['kernel']), .8 * variance(other[layer]['kernel']))
+
+  def test_a_neuron_that_is_never_on(self):
+    self.variables['params']['layer_0']['bias'] = jnp.full(6, -50.).at[2].set(9)
+    grads = jax.jit(bpjax.rules.forward_gradient().value_and_grad(
+        self.net, LOSS))(
+            self.variables, {}, self.x, self.y, jax.random.key(1))[1][0]
+    moved = np.abs(np.asarray(grads['layer_0']['kernel'])).sum(0) > 0
+    self.assertEqual(moved.tolist(), [False, False, True] + 3 * [False])
+
+
+class NormBehind(nn.Module):
+  """A readout with something that learns behind it, or that is called twice."""
+  twice: bool = False
+
+  @nn.compact
+  def __call__(self, x):
+    readout = nn.Dense(5, name='readout')
+    x = readout(jnp.tanh(nn.Dense(5, name='hidden')(x)))
+    return readout(jnp.tanh(x)) if self.twice else nn.LayerNorm(name='norm')(x)
+
+
+class ReadoutTest(float64.Float64TestCase):
+
+  def test_what_follows_it_is_exact_too(self):
+    x = jax.random.normal(jax.random.key(0), (4, 6), jnp.float64)
+    net, variables, x = float64.setup(NormBehind(), x)
+    y = jnp.arange(4) % 5
+    _, (exact, _) = zoo.learn(bpjax.rules.backprop(), net, LOSS)(
+        variables, {}, x, y)
+    got = draws(bpjax.rules.forward_gradient(), net, variables, x, y, 2000)
+    for name in ('readout', 'norm'):
+      self.assert_close(jax.tree.map(lambda g: g[0], got[name]), exact[name],
+                        1e-12)
+    mean, error = (f(got['hidden']['kernel'], axis=0) for f in (jnp.mean, jnp.std))
+    np.testing.assert_array_less(
+        jnp.abs(mean - exact['hidden']['kernel']), 5 * error / 2000**.5)
+
+  def test_one_that_is_called_twice_is_refused(self):
+    x = jax.random.normal(jax.random.key(0), (4, 6), jnp.float64)
+    net, variables, x = float64.setup(NormBehind(twice=True), x)
+    with self.assertRaisesRegex(ValueError, 'called 2 times.*exact_readout=Fal'):
+      bpjax.rules.forward_gradient().init(jax.random.key(0), net, variables, x)
 
 
 class EngineTest(float64.Float64TestCase):

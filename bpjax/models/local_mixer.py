@@ -5,6 +5,7 @@ import functools
 import math
 
 from bpjax import blocks as blocks_lib
+from bpjax import nn as layers
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ INITS = {
     'constant': lambda fan_in: .1,
 }
 MIXERS = ('dense', 'conv')
+DTYPES = (None, 'float64', 'float32', 'bfloat16', 'float16')
 
 
 class _Einsum(nn.Einsum):
@@ -56,6 +58,8 @@ class TokenMixing(_Einsum):
     return self.shape[1:], (self.shape[1], 1)
 
   def contract(self, x, kernel):
+    if kernel.shape[0] > 256:  # As many copies of the kernel would be large.
+      return jnp.einsum('bpc,pq->bqc', x, kernel, precision=self.precision)
     # A product for each example, W^T x: nothing is transposed on the way, in
     # either direction. Adding zeros broadcasts under explicit sharding, too.
     kernels = kernel.T + jnp.zeros_like(x[:, :1, :1])
@@ -129,8 +133,8 @@ class Block(nn.Module):
     batch, patches, *_ = x.shape
     y = blocks_lib.layer_norm(x.reshape(batch, patches, -1))
     if self.mixer is not None:
-      y = blocks_lib.layer_norm(nn.relu(_mixed(self, y)))
-    y = nn.relu(_layer(
+      y = blocks_lib.layer_norm(_mixed(self, y))
+    y = layers.rectified(self, 'channel', _layer(
         self, 'channel', y.shape[-1], nn.Dense, self.hidden,
         dot_general=_flat_dot_general)(y))
     y = blocks_lib.layer_norm(y.reshape(batch, patches, self.groups, -1))
@@ -138,7 +142,8 @@ class Block(nn.Module):
     y = _layer(
         self, 'group', widths[0], GroupedDense, (self.groups, *widths),
         'bpgi,gij->bpgj')(y)
-    return nn.relu(y if self.mixer is None else x + y)
+    return layers.rectified(
+        self, 'group', y if self.mixer is None else x + y)
 
 
 def _layer(block, name, fan_in, module, *args, **kwargs):
@@ -150,17 +155,18 @@ def _layer(block, name, fan_in, module, *args, **kwargs):
 
 
 def _mixed(block, x):
-  """The token layer of a block."""
+  """The token layer of a block, rectified."""
   batch, patches, channels = x.shape
   if block.mixer == 'dense':
-    return _layer(
+    return layers.rectified(block, 'token', _layer(
         block, 'token', patches, TokenMixing, (patches, patches),
-        'bpc,pq->bqc')(x)
+        'bpc,pq->bqc')(x))
   side, size = math.isqrt(patches), block.kernel_size
   layer = _layer(
       block, 'token', size * size, nn.Conv, channels, (size, size),
       feature_group_count=channels)
-  return layer(x.reshape(batch, side, side, channels)).reshape(x.shape)
+  y = layer(x.reshape(batch, side, side, channels))
+  return layers.rectified(block, 'token', y).reshape(x.shape)
 
 
 class LocalMixer(nn.Module):
@@ -259,6 +265,7 @@ def local_mixer(
     >>> model = local_mixer(10, 'm/8/16', channels=64)
   """
   blocks_lib.check_choice('size', size, tuple(SIZES))
+  blocks_lib.check_choice('dtype', dtype, DTYPES)
   blocks_lib.check_choice('mixer', mixer, MIXERS)
   blocks_lib.check_choice('init', init, tuple(INITS))
   given = {'blocks': blocks, 'patches': patches, 'channels': channels,

@@ -16,7 +16,7 @@ _NOISE = {'shared': 'weight', 'independent': 'activity'}
 def forward_gradient(
     perturb: str = 'activity', directions: str = 'gaussian', samples: int = 1,
     exact_readout: bool = True, epsilon: float = 0., antithetic: bool = False,
-    noise: str | None = None) -> perturbation.Rule:
+    noise: str | None = None, loop: bool = False) -> perturbation.Rule:
   r"""Forward gradient: perturb, see how the loss changes, step along it.
 
   Activity: each example n gets a random direction :math:`u_{n,l}` at the output
@@ -31,8 +31,10 @@ def forward_gradient(
   :math:`\hat g = (\nabla L \cdot v)\, v`. Both are unbiased for the gradient;
   the variance of the first grows with the number of perturbed units, that of
   the second with the number of weights. Norms are perturbed as well, so that
-  their scales learn. A parameter that no module's output can teach (a raw
-  `self.param` beside submodules) is perturbed itself, in both modes.
+  their scales learn; noise is left out where a rectifier is off, in models that
+  say so by `bpjax.nn.rectified` (section 3.6 of the second paper). A parameter
+  that no module's output can teach (a raw `self.param` beside submodules) is
+  perturbed itself, in both modes.
 
   BatchNorm in training makes an example's loss depend on the others, so that
   `s_n` of one example would be biased: the sum over the batch is used for every
@@ -56,7 +58,7 @@ def forward_gradient(
     samples: number of directions to average over; one forward pass all the
       same, whose linear map is applied to each.
     exact_readout: the output unit takes its own exact gradient, which is local,
-      and is not perturbed.
+      and is not perturbed; nor are parameters that follow it, such as a scale.
     epsilon: step of finite differences, such as 1e-3, for nonlinearities that
       have no derivative, as sign: the gradient of the loss smoothed by noise of
       that size, so that a larger step suits them. Each sample is a forward pass
@@ -71,6 +73,8 @@ def forward_gradient(
       Weights that are perturbed for each example have 1/N of it there, and
       need N times the memory of the weights. Both need a loss that no example
       of the batch has a part in but its own, and one for the whole model.
+    loop: takes the samples one after the other, in the memory of one, and not
+      as one batched computation; the updates are the same.
 
   Returns:
     A rule without feedback; `learn` needs a `key`.
@@ -119,4 +123,4 @@ def forward_gradient(
       perturb=perturb, samples=int(samples), exact_readout=exact_readout,
       orthogonal=directions == 'orthogonal', epsilon=float(epsilon),
       antithetic=antithetic, signs=directions == 'rademacher',
-      noise=None if _NOISE.get(noise) == perturb else noise)
+      noise=None if _NOISE.get(noise) == perturb else noise, loop=bool(loop))

@@ -37,7 +37,8 @@ EPOCHS = {'mnist': 30, 'cifar10': 2}
 def get_config(what: str = 'LG-FG-A:m/1/16:mnist'):
   """The config of `VARIANT:SIZE:DATASET`, or with `:CANDIDATE` behind."""
   variant, size, dataset, rate = (*what.split(':'), '', '', '')[:4]
-  if variant not in bpjax.variants.names() or size not in SIZES or not dataset:
+  if (variant not in bpjax.variants.names() or size not in SIZES or not dataset
+      or what.count(':') > 3):
     raise ValueError(
         'the config must be VARIANT:SIZE:DATASET, with a variant of '
         f'{", ".join(bpjax.variants.names())} and a size of '

@@ -12,13 +12,14 @@ differ in one field, `rule`.
 
 Full: LocalMixer M/8/16 on CIFAR-10, crops of at least .08 of an image, flips,
 jitter, blur and solarisation, a projection to 128 at temperature .5; LARS with
-momentum .9, its rate 1 for 256 images (linear in the batch), L2 of 1e-4, 10
-epochs of warm-up and a cosine. The readout learns the labels from what the
-network puts out, at the same time, by momentum with a rate of .01 (the paper
-trains it for an epoch after each epoch); no error goes back from it. The paper's
-epochs for CIFAR-10 are not public: 400 here, on a GPU. Small: 2,000 images, 64
-channels, 2 blocks, 16 patches, 3 epochs of Adam (LARS needs more steps), in a
-minute on one CPU core.
+momentum .9, its rate 1 for 256 images, linear in the batch (the released code has
+.1 on ImageNet), L2 of 1e-4 of all kernels (there not of heads and readout), 10
+epochs of warm-up and a cosine. Each view has noise of its own (there the same).
+The readout learns the labels from what the network puts out, at the same time, by
+momentum with a rate of .01 (there for an epoch after each epoch); no error goes
+back from it. The paper's epochs for CIFAR-10 are not public: 400 here, on a GPU.
+Small: 2,000 images, 64 channels, 2 blocks, 16 patches, 3 epochs of Adam (LARS
+needs more steps), in a minute on one CPU core.
 """
 
 import bpjax

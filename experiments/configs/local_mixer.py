@@ -40,7 +40,7 @@ def get_config(what: str = 'LG-FG-A:m/1/16:mnist'):
   if (variant not in bpjax.variants.names() or size not in SIZES or not dataset
       or what.count(':') > 3):
     raise ValueError(
-        'the config must be VARIANT:SIZE:DATASET, with a variant of '
+        'the config must be VARIANT:SIZE:DATASET[:RATE], with a variant of '
         f'{", ".join(bpjax.variants.names())} and a size of '
         f'{", ".join(SIZES)}, got {what!r}.')
   config = config_lib.default()

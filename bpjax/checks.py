@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +24,24 @@ def check_lists(survey: Any, collection: str, who: str) -> None:
   for unit, lacks in survey.lacks.items():
     if collection in lacks:
       raise ValueError(_unlisted(unit, collection, who))
+
+
+def check_calls(survey: Any, kept: Any) -> None:
+  """Raises for calls of one module that are told by one name.
+
+  Args:
+    survey: of the network.
+    kept: a collection with an entry for each call of what is inside a unit.
+  """
+  for unit, info in survey.units.infos.items():
+    owners = collections.Counter(
+        name.rpartition('/')[0]
+        for name in paths.leaf_names(paths.subtree(kept, unit) or {}))
+    if any(count < info.calls for count in owners.values()):
+      raise ValueError(
+          f'unit `{unit}` is called {info.calls} times under `nn.remat`, which '
+          'hides the calls from one another; use the module without it, or put '
+          'all calls of it into one.')
 
 
 def _unlisted(unit, collection, who):

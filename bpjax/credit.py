@@ -387,8 +387,9 @@ class Rule:
           variables, x, visit, jax.random.key(0), [*state, 'probes']
       )[1].get('probes', {})
 
-    probes = jax.tree.map(
-        zeros_like_output, jax.eval_shape(trace, dict(variables), x))
+    shapes = jax.eval_shape(trace, dict(variables), x)
+    checks.check_calls(net.survey(variables, x), shapes)
+    probes = jax.tree.map(zeros_like_output, shapes)
     _, _, (grads, _, signals), count = self.differentiate(
         net, loss, variables, feedback, x, y, key, probes, settle=settle)
     return jax.tree.map(lambda g: g / count, grads), signals

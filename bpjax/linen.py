@@ -196,7 +196,7 @@ class _Interceptor:
     self._visit = visit
     self._owners = owners
     self._watch = watch
-    self._counts = {}  # id(scope) -> (scope, calls so far)
+    self._counts = {}  # (id(root scope), path) -> (root scope, calls so far)
     self._suspended = False
 
   def __call__(self, next_fun, args, kwargs, context):
@@ -255,8 +255,11 @@ class _Interceptor:
 
   def _index(self, module):
     """How often this module was called before."""
-    _, index = self._counts.get(id(module.scope), (None, 0))
-    self._counts[id(module.scope)] = (module.scope, index + 1)
+    # The scope itself is a new one in every call of a compact method, and the
+    # path the same in every trace of a lifted function.
+    key = (id(module.scope.root), module.scope.path)
+    _, index = self._counts.get(key, (None, 0))
+    self._counts[key] = (module.scope.root, index + 1)
     return index
 
   @contextlib.contextmanager

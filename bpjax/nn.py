@@ -21,7 +21,8 @@ def rectified(module: nn.Module, name: str, x: jnp.ndarray) -> jnp.ndarray:
   A perturbation before a rectifier that is off changes no loss, and yet would be
   the update of its neuron: `bpjax.rules.forward_gradient` leaves out such entries
   of the noise on the module `name`, which halves the variance. Everything else
-  is that of `nn.relu`.
+  is that of `nn.relu`. Of a module that is called several times all outputs are
+  rectified so, in the order of the calls, or the noise on it stays whole.
 
   Args:
     module: the module that calls this, inside its compact method.
@@ -41,9 +42,7 @@ def rectified(module: nn.Module, name: str, x: jnp.ndarray) -> jnp.ndarray:
     (2, 8)
   """
   if not module.is_initializing():  # It is no variable to start with.
-    module.sow(
-        base.ACTIVE, f'{name}_{base.ACTIVE}', x > 0, init_fn=lambda: None,
-        reduce_fn=lambda before, new: new)
+    module.sow(base.ACTIVE, f'{name}_{base.ACTIVE}', x > 0)
   return nn.relu(x)
 
 

@@ -8,6 +8,7 @@ backwards between modules: a barrier after each of them stops it.
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable, Mapping
 import dataclasses
 from typing import Any
@@ -343,6 +344,7 @@ class Plan:
         lambda a, b: next(
             (i for i, sizes in enumerate(zip(a.shape, b.shape))
              if sizes == (batch, batch + 1)), -1), shapes, larger)
+    checks.check_calls(survey, shapes)
     self.noise = jax.tree.map(credit.zeros_like_output, shapes)
     self.names = paths.leaf_names(self.params)
     # What no perturbed output can teach is perturbed itself.
@@ -376,22 +378,25 @@ class Plan:
 
     params = jax.tree.unflatten(
         jax.tree.structure(self.params), [params[k] for k in self.names])
-    output, collections = (net or self._net).run(
+    output, variables = (net or self._net).run(
         {'params': params, 'noise': noise, **self._state}, self._x, visit,
         self._key, [*self._state, 'noise', base.ACTIVE], owners=True)
-    state = {c: collections[c] for c in self._state}
-    active = collections.get(base.ACTIVE, {})
-    return output, collections.get('noise', {}), state, active
+    state = {c: variables[c] for c in self._state}
+    active = variables.get(base.ACTIVE, {})
+    return output, variables.get('noise', {}), state, active
 
   def where_active(self, u, active):
     """The noise `u` with 0 where a rectifier is known to send none of it on."""
+    calls = collections.Counter(
+        name.rpartition('/')[0] for name in paths.leaf_names(u))
 
     def apply(name, leaf):
-      owner = name.rpartition('/')[0]
+      owner, _, call = name.rpartition('/')
       known = paths.subtree(active, f'{owner}_{base.ACTIVE}')
-      if getattr(known, 'shape', None) != leaf.shape:
+      if known is None or len(known) != calls[owner]:
         return leaf
-      return jnp.where(known, leaf, 0)
+      known = known[int(call.rpartition('_')[2])]
+      return jnp.where(known, leaf, 0) if known.shape == leaf.shape else leaf
 
     return paths.map_with_name(apply, u) if active else u
 

@@ -189,7 +189,8 @@ class _System:
     self._rule, self._net, self._x, self._key = rule, net, x, key
     self._train = train
     self._params = variables['params']
-    self._infos = net.survey(variables, x).units.infos
+    self._survey = net.survey(variables, x)
+    self._infos = self._survey.units.infos
     self._state = {
         c: v for c, v in variables.items() if c not in ('params', PARTICLES)}
 
@@ -205,6 +206,7 @@ class _System:
 
     shapes = jax.eval_shape(
         lambda p: self._run(p, {}, visit)[1][PARTICLES], self._params)
+    checks.check_calls(self._survey, shapes)
     return jax.tree.map(credit.zeros_like_output, shapes)
 
   def energy(self, params, states):

@@ -171,6 +171,12 @@ class SharingTest(float64.Float64TestCase):
                 for k, v in variables['params'].items()}
     _, (grads, _) = zoo.learn(fa, net, LOSS)(variables, feedback, x, y)
     self.assert_close(grads, exact, 1e-14)
+    _, signals = fa.signals(
+        net, LOSS, variables, feedback, x, y, jax.random.key(0))
+    first, again = (signals['Dense_0'][f'call_{i}'] for i in range(2))
+    kernel = variables['params']['Dense_0']['kernel']
+    slope = 1 - jnp.tanh(x @ kernel)**2
+    self.assert_close(again @ kernel.T * slope, first, 1e-14)
     with self.assertRaisesRegex(ValueError, '`Dense_0` is called 2 times'):
       bpjax.rules.direct_feedback_alignment().init(
           jax.random.key(1), net, variables, x)

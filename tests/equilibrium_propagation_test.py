@@ -31,6 +31,9 @@ class Settled(nn.Module):
   def __call__(self, x, train: bool = False):
     if self.kind == 'dense':
       x = nn.Dense(5)(nn.Dense(6)(x))
+    elif self.kind == 'twice':
+      layer = nn.Dense(8)
+      x = layer(layer(x))
     elif self.kind == 'layer':
       x = bpjax.nn.Layer(functools.partial(nn.Dense, 6), nn.tanh)(x)
       x = bpjax.nn.Layer(functools.partial(nn.Dense, 5), nn.sigmoid)(x)
@@ -100,7 +103,7 @@ class ReferenceTest(float64.Float64TestCase):
 
 class LimitsTest(float64.Float64TestCase):
 
-  @parameterized.parameters('dense', 'layer', 'conv')
+  @parameterized.parameters('dense', 'layer', 'conv', 'twice')
   def test_small_nudges_are_the_gradient_at_the_fixed_point(self, kind):
     net, variables, x, y = setup(Settled(kind), train_args={}, eval_args={})
     rule = _RULE(readout='linear', nudge='positive', **_PHASES)

@@ -276,6 +276,23 @@ class Rectified(nn.Module):
     return nn.Dense(3, name='readout')(x)
 
 
+class Tied(nn.Module):
+  """A layer that is called twice; its rectifiers say so."""
+  tells: str
+  remat: bool = False
+
+  @nn.compact
+  def __call__(self, x):
+    layer = (nn.remat(nn.Dense) if self.remat else nn.Dense)(5, name='layer')
+    for i in range(2):
+      x = layer(x)
+      if self.tells == 'all' or self.tells == 'some' and i:
+        x = bpjax.nn.rectified(self, 'layer', x)
+      else:
+        x = nn.relu(x)
+    return nn.Dense(3, name='readout')(x)
+
+
 class RectifiedTest(float64.Float64TestCase):
 
   def setUp(self):
@@ -300,6 +317,25 @@ class RectifiedTest(float64.Float64TestCase):
       variance = lambda g: float(jnp.sum(jnp.var(g, axis=0)))  # pylint: disable=cell-var-from-loop
       self.assertLess(
           variance(got[layer]['kernel']), .8 * variance(other[layer]['kernel']))
+
+  @parameterized.parameters('all', 'some', 'none')
+  def test_a_module_that_is_called_twice(self, tells):
+    net, variables, x = float64.setup(Tied(tells), self.x)
+    _, (exact, _) = zoo.learn(bpjax.rules.backprop(), net, LOSS)(
+        variables, {}, x, self.y)
+    got = draws(
+        bpjax.rules.forward_gradient(), net, variables, x, self.y, 4000)
+    for leaf, expected in zip(jax.tree.leaves(got), jax.tree.leaves(exact)):
+      np.testing.assert_array_less(
+          jnp.abs(leaf.mean(0) - expected), 5 * leaf.std(0) / 4000**.5 + 1e-12)
+
+  def test_calls_that_cannot_be_told_apart(self):
+    net, variables, x = float64.setup(Tied('none', remat=True), self.x)
+    _, (exact, _) = zoo.learn(bpjax.rules.backprop(), net, LOSS)(
+        variables, {}, x, self.y)
+    self.assertLess(0, jnp.abs(exact['layer']['kernel']).max())
+    with self.assertRaisesRegex(ValueError, '`layer` is called 2 times under'):
+      draws(bpjax.rules.forward_gradient(), net, variables, x, self.y, 2)
 
   def test_a_neuron_that_is_never_on(self):
     self.variables['params']['layer_0']['bias'] = jnp.full(6, -50.).at[2].set(9)

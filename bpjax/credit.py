@@ -426,7 +426,8 @@ class Rule:
     source = rule.port(info)
     read = (None if source is None else info.net_output if source == 'output'
             else infos[source].out)
-    out, port = _wrap(call.unit, info, rule, divisor(call.name), read)(
+    out, port = _wrap(
+        call.unit, info, rule, divisor(call.name), read, source == 'output')(
         call.params, feedback, call.inputs, key, call.read('taps', 'tap'))
     if port is not None:
       call.write('ports', port, 'port')
@@ -513,10 +514,11 @@ def _feedback_of(call, info, label, rule, shared):
   return feedback
 
 
-def _wrap(unit, info, rule, divisor, read):
+def _wrap(unit, info, rule, divisor, read, from_output):
   """The unit as a function with the rule for its derivative.
 
-  `read` has the shape of the error that the unit's port reads, if any.
+  `read` has the shape of the error that the unit's port reads, if any;
+  `from_output` says whether that is the model's own.
   """
   unit.info = info
 
@@ -537,6 +539,8 @@ def _wrap(unit, info, rule, divisor, read):
   def backward(residuals, cotangents):
     params, feedback, inputs, pre, out, key, tap = residuals
     teaching, error = cotangents
+    if from_output:
+      error = _late(error, teaching)
     credit = rule.backward(
         unit, params, feedback, base.Activations(inputs, pre, out),
         base.Signal(teaching, error, key, divisor))
@@ -551,6 +555,27 @@ def _wrap(unit, info, rule, divisor, read):
 
   call.defvjp(forward, backward)
   return call
+
+
+def _late(error, teaching):
+  """The error of the output; on a CPU, no earlier than `teaching` is there.
+
+  Nothing holds a message back that is made of the output's error alone. XLA's
+  CPU scheduler makes those of all units first and keeps them, which takes half
+  as much memory again as backprop does, and the time to touch it.
+  """
+  meshes = [jax.typeof(a).sharding.mesh
+            for a in jax.tree.leaves((error, teaching))]
+  if not all(mesh.empty for mesh in meshes) or not teaching.size:
+    return error
+
+  def wait(error, teaching):
+    first = teaching[(0,) * teaching.ndim]
+    never = jnp.isnan(first) & jnp.isinf(first)  # XLA does not see through it.
+    return jax.tree.map(lambda e: jnp.where(never, 0, e), error)
+
+  return jax.lax.platform_dependent(
+      error, teaching, cpu=wait, default=lambda error, teaching: error)
 
 
 def _check_messages(info, rule, inputs, messages):

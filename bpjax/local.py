@@ -70,8 +70,9 @@ def local(
       channels]`; `groups` is taken from there then.
     stop: where gradients stop. 'output': after blocks; 'overlap': after every
       second block, in two passes whose updates add up, so that a block learns
-      from its own loss twice and from that of the next one; 'branch': at the inputs of `branches`,
-      so that skip connections still carry the gradient; 'none'.
+      from its own loss twice and from that of the next one; 'branch': at the
+      inputs of `branches`, so that skip connections still carry the gradient;
+      'none'.
     stop_every: under 'output', i blocks between two stops.
     stop_remainder: the gradient stops after block i where i modulo `stop_every`
       is this; -1: the last of each `stop_every`.
@@ -86,8 +87,9 @@ def local(
 
   Raises:
     ValueError: for a value out of range; when the network is known, for several
-      outputs, a glob without a module, a block that is named twice, lies in another, is called
-      twice or has no trainable unit, and groups that do not divide its channels.
+      outputs, a glob without a module, a block that is named twice, lies in
+      another, is called twice or has no trainable unit, and groups that do not
+      divide its channels.
 
   Example:
     >>> import bpjax, flax.linen as nn, jax, jax.numpy as jnp

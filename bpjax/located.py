@@ -52,7 +52,7 @@ class Judge:
         'output': _rows(output * change['output'].astype(output.dtype))}
 
   def _product(self, error, change):
-    """Over the entries of a block's output that one loss has its gradient from."""
+    """Over the entries of a block's output that one loss is about."""
     # Faster on a CPU than the sum of a product, beside an axis of 1.
     product = jnp.vecdot(
         self._apart(error), self._apart(change.astype(error.dtype)),

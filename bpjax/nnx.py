@@ -74,10 +74,10 @@ def from_nnx(
 
   A unit is an affine operation (`Linear`, `LinearGeneral`, `Conv`,
   `ConvTranspose`, `Einsum`, `Embed`, or a subclass), a `bpjax.nn.NnxLayer`, or
-  a module that `is_unit` chooses. Everything between units keeps its exact derivative. Training runs
-  after `module.train()` and evaluation after `module.eval()`, on copies.
-  `nnx.remat` is transparent; units inside `nnx.scan`, `nnx.vmap`, `nnx.cond` or
-  `nnx.jit` are refused.
+  a module that `is_unit` chooses. Everything between units keeps its exact
+  derivative. Training runs after `module.train()` and evaluation after
+  `module.eval()`, on copies. `nnx.remat` is transparent; units inside
+  `nnx.scan`, `nnx.vmap`, `nnx.cond` or `nnx.jit` are refused.
 
   Args:
     module: the built module; `net.init` returns the values that it holds.

@@ -182,6 +182,22 @@ class SharingTest(float64.Float64TestCase):
           jax.random.key(1), net, variables, x)
 
 
+class MemoryTest(parameterized.TestCase):
+
+  def test_direct_messages_are_not_kept(self):
+    x = jnp.ones((64, 32))
+    net = bpjax.from_linen(bpjax.models.mlp(10, widths=(128,) * 6))
+    variables = net.init(jax.random.key(0), x)
+    sizes = {}
+    for name in ('backprop', 'direct_feedback_alignment'):
+      rule = bpjax.rules.get(name)()
+      feedback = rule.init(jax.random.key(1), net, variables, x)
+      step = zoo.learn(rule, net).lower(variables, feedback, x, jnp.arange(64) % 10)
+      sizes[name] = step.compile().memory_analysis().temp_size_in_bytes
+    self.assertLess(
+        sizes['direct_feedback_alignment'], 1.1 * sizes['backprop'])
+
+
 class DevicesTest(parameterized.TestCase):
 
   @parameterized.product(

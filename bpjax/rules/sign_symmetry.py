@@ -39,8 +39,8 @@ def sign_symmetry(
   Tried: MNIST, two layers of 256 relu units, 5 epochs, batch 128, Adam 2e-3 with
   a cosine and no decay: 98.3% test accuracy with uSF, 97.9% with brSF, 98.2% with
   frSF (backprop: 98.4%). What fails: units whose weights start at zero send
-  nothing (sign(0) = 0) unless `zero_sign=1`. The signs of W are transported, so that the rule is not
-  free of weight transport.
+  nothing (sign(0) = 0) unless `zero_sign=1`. The signs of W are transported, so
+  that the rule is not free of weight transport.
 
   Args:
     variant: 'uSF', 'brSF' or 'frSF'.

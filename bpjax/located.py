@@ -77,7 +77,15 @@ class Judge:
     return axes[:first[self._placement]]
 
   def compare(self, here: Any, there: Any) -> dict[str, base.Array]:
-    """The losses at another place, each with its own entries moved alone."""
+    """The losses at another place, each with its own entries moved alone.
+
+    Args:
+      here: what `measure` returned; `{'blocks': {block: output}, ...}`.
+      there: the same, moved; or `here` itself.
+
+    Returns:
+      As `locate`.
+    """
     result = {'output': _rows(self.of_output(there))}
     for name, moved in there['blocks'].items():
       still = here['blocks'][name]
@@ -85,6 +93,11 @@ class Judge:
         result[name] = _rows(self.of_block(name, moved))
         continue
       places = jax.eval_shape(self._product, still, still).shape[1:]
+      if there is here:  # One loss, in all places.
+        losses = _rows(self.of_block(name, still))
+        result[name] = jnp.broadcast_to(
+            losses.reshape(-1, *(1,) * len(places)), (len(losses), *places))
+        continue
 
       def at(i):
         mask = jnp.arange(math.prod(places)) == i
@@ -98,7 +111,17 @@ class Judge:
     return result
 
   def teach(self, plan: Any, u: Any, v: Any, change: Any) -> tuple[Any, Any]:
-    """Each perturbation times the change of the losses that it can reach."""
+    """Each perturbation times the change of the losses that it can reach.
+
+    Args:
+      plan: what is perturbed, a `bpjax.perturbation.Plan`.
+      u: the perturbation of each output.
+      v: that of each perturbed parameter.
+      change: as `locate` returns it.
+
+    Returns:
+      Two trees like `u` and `v`.
+    """
     leaves, structure = jax.tree.flatten((u, v))
     taught = []
     for leaf, reached in zip(leaves, self._reached(plan)):

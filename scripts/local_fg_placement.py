@@ -37,6 +37,7 @@ import time
 
 from absl import flags
 import bpjax
+from bpjax.models.local_mixer import NormedLayer
 from experiments import data as data_lib
 from experiments import measurement
 import jax
@@ -89,7 +90,7 @@ class Run:
         bpjax.models.local_mixer(
             dataset.num_classes, blocks=_BLOCKS.value, patches=_PATCHES.value,
             channels=_CHANNELS.value, groups=_GROUPS.value),
-        is_unit=lambda m: type(m).__name__ == 'NormedLayer')
+        is_unit=lambda m: isinstance(m, NormedLayer))
     self._make = functools.partial(
         bpjax.local, blocks=['block_*'], placement=placement, grouped=True)
     self._rule = self._make(bpjax.rules.get(rule)())

@@ -39,6 +39,7 @@ import itertools
 
 from absl import flags
 import bpjax
+from bpjax.models.local_mixer import NormedLayer
 from experiments import data as data_lib
 from experiments import measurement
 import flax.linen as nn
@@ -251,7 +252,7 @@ def cosine(model, x, y, draws: int) -> np.ndarray:
   """
   # As in the paper, noise comes in after the norm of a layer.
   net = bpjax.from_linen(
-      model, is_unit=lambda m: type(m).__name__ == 'NormedLayer')
+      model, is_unit=lambda m: isinstance(m, NormedLayer))
   local = functools.partial(
       bpjax.local, blocks=['block_*'], placement='group', grouped=True)
   rule, exact = (local(r()) for r in (

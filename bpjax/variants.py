@@ -68,8 +68,9 @@ def variant(
     learns from every local loss unless it is told otherwise: that is L-FA here.
   * FA takes as long as BP; there 1.5 times, for two forward passes.
   * FG-W, FG-A and FA learn from the loss of the network's output. The code's
-    learn from the last block's local loss, and its readout alone from the output's (so
-    that the paper's FG-A is its LG-FG-A in networks of one block): that is
+    learn from the last block's local loss, and its readout alone from the
+    output's (so that the paper's FG-A is its LG-FG-A in networks of one block):
+    that is
     `variant('FG-A', loss=bpjax.local_losses.prediction(), last='block_3')`.
   * Heads begin with a deviation of `1 / sqrt(channels)`, there up to twice that,
     and read what the block puts out; there what is normalised in each group.

@@ -188,11 +188,11 @@ class MemoryTest(parameterized.TestCase):
     x = jnp.ones((64, 32))
     net = bpjax.from_linen(bpjax.models.mlp(10, widths=(128,) * 6))
     variables = net.init(jax.random.key(0), x)
-    sizes = {}
+    y, sizes = jnp.arange(64) % 10, {}
     for name in ('backprop', 'direct_feedback_alignment'):
       rule = bpjax.rules.get(name)()
       feedback = rule.init(jax.random.key(1), net, variables, x)
-      step = zoo.learn(rule, net).lower(variables, feedback, x, jnp.arange(64) % 10)
+      step = zoo.learn(rule, net).lower(variables, feedback, x, y)
       sizes[name] = step.compile().memory_analysis().temp_size_in_bytes
     self.assertLess(
         sizes['direct_feedback_alignment'], 1.1 * sizes['backprop'])

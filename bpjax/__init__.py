@@ -22,6 +22,7 @@ from bpjax.bottleneck import bottleneck
 from bpjax.linen import from_linen
 from bpjax.local import local
 from bpjax.nnx import from_nnx
+from bpjax.optimizer import optimizer
 from bpjax.variants import variant
 
 __version__ = '0.1.0'

@@ -36,6 +36,9 @@ def alignment(
     `measure(variables, feedback, x, y, key=None) -> {unit: Alignment}`, to be
     called under `jax.jit`.
 
+  An example without a signal, the rule's or backprop's, is left out of the mean;
+  where no example has one, the cosine is NaN.
+
   Raises:
     ValueError: if the rule cannot train the network.
 
@@ -58,24 +61,30 @@ def alignment(
     updates, signals = rule.signals(net, loss, variables, feedback, x, y, key)
     gradients, exact = backprop().signals(net, loss, variables, {}, x, y, key)
     targets = rule.weight_targets(units, params, feedback)
+    trained = rule.units(net, variables, x)
     result = {}
     for name, info in units.items():
       own = paths.subtree(params, name)
       rows = _rows(paths.subtree(exact, name), info)
       taught = paths.subtree(signals, name)
-      cosines = jax.vmap(feedback_lib.cosine)(
-          rows if not taught else _rows(taught, info), rows)
+      if taught:
+        cosines = jax.vmap(feedback_lib.cosine)(_rows(taught, info), rows)
+      else:  # No signal: the gradient itself, or none, as under weight noise.
+        is_exact = trained.get(name, 'exact').startswith('exact')
+        cosines = jnp.array([1. if is_exact else jnp.nan])
       weight = jnp.nan
       if name in targets:
         weight = feedback_lib.cosine(
             _restrict(own, targets[name]), targets[name])
-      update = jnp.nan
+      update, norm = jnp.nan, jnp.linalg.norm(rows) / len(rows)
       if own is not None:  # A boundary has no parameters.
         update = feedback_lib.cosine(
             paths.subtree(updates, name), paths.subtree(gradients, name))
+        norm = feedback_lib.norm(paths.subtree(gradients, name))
       result[name] = base.Alignment(
-          teaching=jnp.mean(cosines), teaching_std=jnp.std(cosines),
-          update=jnp.asarray(update), weight=jnp.asarray(weight))
+          teaching=jnp.nanmean(cosines), teaching_std=jnp.nanstd(cosines),
+          update=jnp.asarray(update), weight=jnp.asarray(weight),
+          backprop_norm=norm)
     return result
 
   return measure

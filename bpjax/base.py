@@ -53,11 +53,14 @@ class Signal(NamedTuple):
       say `stochastic=True`).
     divisor: what the engine will divide the unit's updates by (the number of
       losses, or 1): a term that is not a sum over examples is multiplied by it.
+    target: the labels `y` as they were given to `learn`; None where there are
+      none (`rule.bind`).
   """
   teaching: Array
   error: Array | None
   key: Key | None
   divisor: int = 1
+  target: Any = None
 
 
 class Credit(NamedTuple):
@@ -193,6 +196,8 @@ class Unit(Protocol):
 class Alignment(NamedTuple):
   """How close one unit's learning is to backprop. Cosines, in [-1, 1].
 
+  A cosine is NaN where one of its sides is not there or is exactly zero.
+
   Attributes:
     teaching: mean over examples of the cosine between the rule's teaching
       signal at the unit's output and backprop's (of a boundary, between what
@@ -202,8 +207,11 @@ class Alignment(NamedTuple):
       backprop's, flattened together; NaN for a boundary.
     weight: cosine between the unit's weights and what the rule aligns them
       with (its feedback for feedback alignment); NaN where nothing is defined.
+    backprop_norm: the norm of backprop's own mean gradient of the unit's
+      parameters (of a boundary, of its teaching signals, by the number of rows): a cosine with next to nothing says nothing.
   """
   teaching: Array
   teaching_std: Array
   update: Array
   weight: Array
+  backprop_norm: Array

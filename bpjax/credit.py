@@ -62,7 +62,8 @@ class Rule:
     stochastic: whether `backward` draws random numbers (`signal.key`).
     mirrors: whether the feedback learns from noise, not from the data, so that
       a trainer may choose at which steps it does.
-    linear: whether the rule is linear in the error, as `bind` needs.
+    linear: whether the rule is linear in the error, as `bind` needs; a rule
+      has to say so itself.
     weight_target: `(units, params, feedback) -> {unit: weights}`: what the
       rule's weights should align with, for `bpjax.alignment`; or None.
   """
@@ -75,7 +76,7 @@ class Rule:
   learns_feedback: bool | Callable[[str], bool] = False
   stochastic: bool = False
   mirrors: bool = False
-  linear: bool = True
+  linear: bool = False
   weight_target: Callable[..., Mapping[str, base.Tree]] | None = None
 
   @property
@@ -323,7 +324,8 @@ class Rule:
         for name in sources.values()})
     visit = functools.partial(
         self._visit, infos=self._told(survey.units.infos), shared=shared,
-        divisor=lambda unit: reduction_lib.divisor(reduction, unit, count))
+        divisor=lambda unit: reduction_lib.divisor(reduction, unit, count),
+        target=y)
 
     def forward(params, feedback, probes, taps):
       own = {k: v for k, v in feedback.items() if k != SHARED}
@@ -411,7 +413,8 @@ class Rule:
       targets |= rule.weight_target(units, own, parts)
     return targets
 
-  def _visit(self, call, infos, shared, divisor=lambda unit: 1):
+  def _visit(
+      self, call, infos, shared, divisor=lambda unit: 1, target=None):
     """Answers for one call of one unit: the unit under `custom_vjp`."""
     info = infos[call.name]
     label, rule = self.rule_for(call.name)
@@ -427,7 +430,8 @@ class Rule:
     read = (None if source is None else info.net_output if source == 'output'
             else infos[source].out)
     out, port = _wrap(
-        call.unit, info, rule, divisor(call.name), read, source == 'output')(
+        call.unit, info, rule, divisor(call.name), read, source == 'output',
+        target)(
         call.params, feedback, call.inputs, key, call.read('taps', 'tap'))
     if port is not None:
       call.write('ports', port, 'port')
@@ -514,7 +518,7 @@ def _feedback_of(call, info, label, rule, shared):
   return feedback
 
 
-def _wrap(unit, info, rule, divisor, read, from_output):
+def _wrap(unit, info, rule, divisor, read, from_output, target):
   """The unit as a function with the rule for its derivative.
 
   `read` has the shape of the error that the unit's port reads, if any;
@@ -543,7 +547,7 @@ def _wrap(unit, info, rule, divisor, read, from_output):
       error = _late(error, teaching)
     credit = rule.backward(
         unit, params, feedback, base.Activations(inputs, pre, out),
-        base.Signal(teaching, error, key, divisor))
+        base.Signal(teaching, error, key, divisor, target))
     if tap is not None and credit.source is None:
       raise ValueError(
           f'a port names unit `{info.name}` as its source, and rule '

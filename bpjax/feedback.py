@@ -65,11 +65,20 @@ def fan_in(info: base.UnitInfo, shape: tuple[int, ...]) -> int:
 
 
 def cosine(a: base.Tree, b: base.Tree) -> base.Array:
-  """The cosine between two trees, each flattened to a vector; 0 for a zero."""
-  dot = lambda u, v: sum(
-      jnp.vdot(p, q) for p, q in zip(jax.tree.leaves(u), jax.tree.leaves(v)))
-  norm = jnp.sqrt(dot(a, a)) * jnp.sqrt(dot(b, b))
-  return jnp.where(norm > 0, dot(a, b) / jnp.where(norm > 0, norm, 1), 0)
+  """The cosine between two trees, each flattened to a vector; NaN for a zero."""
+  norms = norm(a) * norm(b)
+  return jnp.where(
+      norms > 0, _dot(a, b) / jnp.where(norms > 0, norms, 1), jnp.nan)
+
+
+def norm(tree: base.Tree) -> base.Array:
+  """The Euclidean norm of a tree, flattened to a vector."""
+  return jnp.sqrt(_dot(tree, tree))
+
+
+def _dot(a, b):
+  return sum(
+      jnp.vdot(p, q) for p, q in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
 
 
 class NoFeedback:

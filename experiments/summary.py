@@ -45,7 +45,7 @@ def summarise(
       'wall_time': wall_time,
       'units': run.units,
       'alignment': {
-          m['unit']: {k: m[k] for k in bpjax.Alignment._fields}
+          m['unit']: {k: m.get(k) for k in bpjax.Alignment._fields}
           for m in last if m['split'] == 'alignment'},
       'data_source': run.dataset.source,
       'device_kind': device.device_kind, 'device_count': jax.device_count(),

@@ -101,13 +101,14 @@ def draw(runs: list[dict], path: str) -> None:
     for unit, curve in run['curves'].items():
       top, bottom = axes[:, units.index(unit)]
       epochs = [c['step'] * run['epochs'] / run['steps'] for c in curve]
-      mean = [c['teaching'] for c in curve]
-      std = [c['teaching_std'] for c in curve]
+      number = lambda value: math.nan if value is None else value
+      mean = [number(c['teaching']) for c in curve]
+      std = [number(c['teaching_std']) for c in curve]
       top.plot(epochs, mean, color=colour, label=label)
       top.fill_between(
           epochs, [m - s for m, s in zip(mean, std)],
           [m + s for m, s in zip(mean, std)], color=colour, alpha=.12, lw=0)
-      weight = [math.nan if c['weight'] is None else c['weight'] for c in curve]
+      weight = [number(c['weight']) for c in curve]
       if not all(map(math.isnan, weight)):
         bottom.plot(epochs, weight, color=colour, label=label)
       label = None

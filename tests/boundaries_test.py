@@ -3,7 +3,7 @@
 from absl.testing import absltest
 from absl.testing import parameterized
 import bpjax
-from bpjax.rules.direct_feedback_alignment import feedback_shape
+from bpjax.projection import feedback_shape
 import flax.linen as nn
 from flax import nnx
 import jax

@@ -36,4 +36,4 @@ def backprop() -> credit.Rule:
         params=unit.params_vjp(params, activations, delta),
         inputs=unit.inputs_vjp(params, params, activations, delta))
 
-  return credit.Rule(name='backprop', backward=backward)
+  return credit.Rule(name='backprop', backward=backward, linear=True)

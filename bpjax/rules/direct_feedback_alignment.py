@@ -6,11 +6,11 @@ networks with direct feedback alignment, Launay, Poli and Krzakala, 2019
 (https://arxiv.org/abs/1906.04554).
 """
 
-from collections.abc import Mapping
 import math
 
 from bpjax import base
 from bpjax import credit
+from bpjax import projection
 import jax
 import jax.numpy as jnp
 
@@ -91,7 +91,7 @@ def direct_feedback_alignment(
 
   def projects(info):
     """Whether the unit hands down a projection of the error."""
-    return _sends(info) and (
+    return projection.sends(info) and (
         placement == 'layers' or info.kind == base.BOUNDARY)
 
   def draw(key, n_out, shape, dtype, std):
@@ -104,19 +104,19 @@ def direct_feedback_alignment(
           f'got {connections}; 0 takes them all.')
     value_key, entry_key = jax.random.split(key)
     return {
-        'entries': _distinct(entry_key, connections, n_out, shape),
+        'entries': projection.distinct(entry_key, connections, n_out, shape),
         'values': std * jax.random.normal(
             value_key, (connections, *shape), dtype)}
 
   def init_unit(key, info, params):
     if shared or not projects(info):
       return None
-    n_out, *shape = feedback_shape(info)
+    n_out, *shape = projection.feedback_shape(info)
     std = scale / math.sqrt(connections or n_out)
     return draw(key, n_out, shape, _dtype(params, info), std)
 
   def init_shared(key, units):
-    shapes = [feedback_shape(i) for i in units.values() if projects(i)]
+    shapes = [projection.feedback_shape(i) for i in units.values() if projects(i)]
     if not shapes:
       return None
     n_outs = sorted({shape[0] for shape in shapes})
@@ -133,7 +133,7 @@ def direct_feedback_alignment(
     """B of one unit, [n_out or connections, *its input]."""
     if not shared:
       return feedback
-    n_out, *shape = feedback_shape(info)
+    n_out, *shape = projection.feedback_shape(info)
     size = math.prod(shape)
     part = jax.tree.map(lambda f: f[:, :size].reshape(-1, *shape), feedback)
     norm = math.sqrt(size * (connections or n_out)) if normalise else 1.
@@ -146,8 +146,8 @@ def direct_feedback_alignment(
     delta = unit.delta(params, activations, signal.teaching)
     messages = [None] * len(activations.inputs)
     if projects(info):
-      read = _reads(info)
-      messages[read] = _project(
+      read = projection.read_input(info)
+      messages[read] = projection.project(
           info, signal.error, weights(info, feedback), activations.inputs[read])
     elif placement == 'boundaries' and info.sends:
       messages = unit.inputs_vjp(params, params, activations, delta)
@@ -167,8 +167,8 @@ def direct_feedback_alignment(
     """F_{l-1} F_l^T for each kernel of a chain of dense layers; F_L = 1."""
     flat = {}
     for name in filter(lambda name: projects(units[name]), feedback):
-      shape = feedback_shape(units[name])
-      whole = _whole(weights(units[name], feedback[name]), shape[0])
+      shape = projection.feedback_shape(units[name])
+      whole = projection.whole(weights(units[name], feedback[name]), shape[0])
       if whole.shape != shape:  # A stack of layers under `nn.scan`.
         return {}
       flat[name] = whole.reshape(shape[0], -1)
@@ -185,92 +185,10 @@ def direct_feedback_alignment(
       name='direct_feedback_alignment', backward=backward,
       init_unit=init_unit, init_shared=init_shared if shared else None,
       port=lambda info: 'output' if projects(info) else None,
-      check_units=check_units, weight_target=weight_target)
-
-
-def feedback_shape(info: base.UnitInfo) -> tuple[int, ...]:
-  """The shape of a unit's feedback, `[n_out, *features of its input]`."""
-  n_out, features, _ = _layout(info)
-  return (n_out, *features)
+      check_units=check_units, linear=True, weight_target=weight_target)
 
 
 def _dtype(params, info):
   """That of the unit's parameters; of what it passes on for a boundary."""
   leaves = jax.tree.leaves(params) or [info.out]
   return leaves[0].dtype
-
-
-def _layout(info):
-  """n_out, the feature shape, and how positions are handled.
-
-  'whole': one projection of the whole error to the whole input; 'broadcast':
-  the whole error to every position; 'each': position by position.
-  """
-  shape = info.inputs[_reads(info)].shape
-  error = info.net_output.shape[1:]
-  feature_axes = info.feature_axes if info.positionwise else 1
-  positions = shape[1:len(shape) - feature_axes]
-  features = shape[len(shape) - feature_axes:]
-  if positions and positions == error[:-1]:
-    return error[-1], features, 'each'
-  if positions and info.positionwise:
-    return math.prod(error), features, 'broadcast'
-  return math.prod(error), shape[1:], 'whole'
-
-
-def _project(info, error, weights, x):
-  _, features, mode = _layout(info)
-  if mode == 'each':
-    return _times(error, weights).astype(x.dtype)
-  message = _times(error.reshape(error.shape[0], -1), weights)
-  if mode == 'broadcast':
-    positions = x.shape[1:x.ndim - len(features)]
-    message = message.reshape(
-        message.shape[0], *(1,) * len(positions), *features)
-    message = message / math.sqrt(math.prod(positions))
-    message = jnp.broadcast_to(message, x.shape)
-  return message.astype(x.dtype)
-
-
-def _times(error, weights):
-  """e B^T, over the last axis of the error."""
-  if not isinstance(weights, Mapping):
-    return jnp.tensordot(error, weights.astype(error.dtype), 1)
-  return sum(
-      error[..., entries] * values.astype(error.dtype)
-      for entries, values in zip(weights['entries'], weights['values']))
-
-
-def _distinct(key, count, n_out, shape):
-  """`count` different whole numbers below `n_out` for each neuron.
-
-  Floyd's sampling: never more than the result in memory.
-  """
-  dtype = jnp.int16 if n_out < 2**15 else jnp.int32
-  drawn = []
-  for last in range(n_out - count, n_out):
-    key, own = jax.random.split(key)
-    new = jax.random.randint(own, shape, 0, last + 1, dtype)
-    taken = sum((new == old for old in drawn), jnp.zeros(shape, bool))
-    drawn.append(jnp.where(taken, jnp.array(last, dtype), new))
-  return jnp.stack(drawn)
-
-
-def _whole(weights, n_out):
-  """B with its zeros, [n_out, ...]."""
-  if not isinstance(weights, Mapping):
-    return weights
-  entries, values = weights['entries'], weights['values']
-  one_hot = jax.nn.one_hot(entries, n_out, axis=1, dtype=values.dtype)
-  return jnp.sum(one_hot * values[:, None], axis=0)
-
-
-def _reads(info):
-  """Which input the projection goes to: the first of floats, or None."""
-  return next(
-      (i for i, s in enumerate(info.inputs)
-       if jnp.issubdtype(s.dtype, jnp.inexact)), None)
-
-
-def _sends(info):
-  return info.sends and _reads(info) is not None

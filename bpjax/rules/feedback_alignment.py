@@ -64,4 +64,4 @@ def feedback_alignment(scale: float = 1.) -> credit.Rule:
 
   return credit.Rule(
       name='feedback_alignment', init_unit=init_unit, backward=backward,
-      weight_target=weight_target)
+      linear=True, weight_target=weight_target)

@@ -289,7 +289,7 @@ def recursive_local_representation_alignment(
   return credit.Rule(
       name='recursive_local_representation_alignment', backward=backward,
       init_unit=init_unit, port=port, check_units=check_units,
-      learns_feedback=learns, linear=False, weight_target=weight_target)
+      learns_feedback=learns, weight_target=weight_target)
 
 
 def _slope(unit, params, activations, shift, error):

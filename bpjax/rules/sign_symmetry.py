@@ -98,7 +98,7 @@ def sign_symmetry(
   return credit.Rule(
       name='sign_symmetry', backward=backward,
       init_unit=init_unit if variant == 'frSF' else credit.no_feedback,
-      stochastic=variant == 'brSF')
+      stochastic=variant == 'brSF', linear=True)
 
 
 def _glorot(info, shape):

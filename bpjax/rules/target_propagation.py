@@ -172,8 +172,7 @@ def propagation(
 
   return credit.Rule(
       name=name, backward=backward, init_unit=init_unit,
-      check_units=check_units, learns_feedback=True, stochastic=sigma > 0,
-      linear=False)
+      check_units=check_units, learns_feedback=True, stochastic=sigma > 0)
 
 
 def _kernel(params):

@@ -129,5 +129,5 @@ def weight_mirror(
 
   return credit.Rule(
       name='weight_mirror', init_unit=alignment.init_unit, backward=backward,
-      learns_feedback=True, stochastic=True, mirrors=True, linear=False,
+      learns_feedback=True, stochastic=True, mirrors=True,
       weight_target=alignment.weight_target)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 from collections.abc import Mapping
 from typing import Any
+import warnings
 
 from bpjax import base
 from bpjax import paths
@@ -17,6 +18,26 @@ def check_visible(survey: Any) -> None:
         f'unit `{unit}` is inside `nn.jit`, which keeps traces that a rule has '
         'not seen; use the module without `nn.jit`: the whole step is compiled '
         'anyway.')
+
+
+def check_any_unit(survey: Any, rule: str) -> None:
+  """Raises for a network without a unit, which would be trained by backprop."""
+  if not survey.units:
+    raise ValueError(
+        f'rule `{rule}` finds no unit in this network (no Dense, Conv, Embed or '
+        'other affine module that is called), and would train all of it by '
+        'backprop; write its products as such modules, or use '
+        'bpjax.rules.backprop() knowingly with one of them.')
+
+
+def warn_of_transports(survey: Any, rule: str) -> None:
+  """Warns of weights that keep backprop's derivative under the rule's name."""
+  if survey.units.transports and rule != 'backprop':
+    names = ', '.join(f'`{name}`' for name in survey.units.transports)
+    warnings.warn(
+        f'under rule `{rule}` these weights multiply data outside of any unit, '
+        f'where they keep their exact derivative: {names}; see '
+        '`print(net.units)`.', stacklevel=4)
 
 
 def check_lists(survey: Any, collection: str, who: str) -> None:

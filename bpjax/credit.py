@@ -95,6 +95,8 @@ class Rule:
   def check(self, survey: Any) -> None:
     """Raises a ValueError for a network that the rule cannot train."""
     checks.check_visible(survey)
+    checks.check_any_unit(survey, self.name)
+    checks.warn_of_transports(survey, self.name)
     self.check_names(survey.units)
     for unit in survey.blocked:
       raise ValueError(
@@ -249,7 +251,10 @@ class Rule:
     """Unit -> the rule that trains it; also the parameters without a unit."""
     units = net.survey(variables, x).units
     trained = {name: self.rule_for(name)[1].name for name in units}
-    return trained | {p: 'exact gradient (no unit)' for p in units.exact}
+    exact = {p: 'exact gradient (no unit)' for p in units.exact}
+    return trained | exact | {
+        p: f'exact gradient ({", ".join(operations)} outside of any unit)'
+        for p, operations in units.transports.items()}
 
   def predict(self, net: linen.Network) -> Callable[..., Any]:
     """`(variables, x) -> output` in evaluation mode."""

@@ -32,17 +32,26 @@ class Units(dict[str, base.Unit]):
 
   Attributes:
     exact: the paths of the parameters that no unit owns.
+    transports: path of a parameter -> the operations outside of all units that
+      multiply data by it (a tied readout, a raw kernel): they keep their exact
+      derivative under every credit rule.
   """
 
-  def __init__(self, units: Mapping[str, base.Unit], exact: tuple[str, ...]):
+  def __init__(
+      self, units: Mapping[str, base.Unit], exact: tuple[str, ...],
+      transports: Mapping[str, tuple[str, ...]] | None = None):
     super().__init__(units)
     self.exact = exact
+    self.transports = dict(transports or {})
 
   def __repr__(self):
     rows = [
         f'{name or "(root)"}: {info.kind} {info.inputs[0].shape} -> '
         f'{info.out.shape}' for name, info in self.infos.items()]
     rows += [f'{name}: no unit, exact gradient' for name in self.exact]
+    rows += [
+        f'{name}: exact derivative in {", ".join(operations)}, outside of any '
+        'unit' for name, operations in self.transports.items()]
     return '\n'.join(rows)
 
   @property
@@ -154,6 +163,10 @@ def take(net: Any, variables: Mapping[str, Any], x: Any) -> Survey:
     pull([jnp.ones_like(o) for o in outputs])
     return outputs
 
+  def without_units(variables, x):
+    return forward(variables, x, lambda call: call.unit(
+        unit_lib.detached(call.params), call.inputs)[1])
+
   jaxpr, output = jax.make_jaxpr(plain, return_shape=True)(variables, x)
   jax.eval_shape(taught, variables, x)
   marks = list(_marks(jaxpr.jaxpr))
@@ -185,8 +198,16 @@ def take(net: Any, variables: Mapping[str, Any], x: Any) -> Survey:
       name == '' or path.startswith(name + '/') for name in units)
   exact = tuple(
       p for p in paths.leaf_names(variables['params']) if not owned(p))
+  found = {}
+  given = [
+      frozenset([name.removeprefix('params/')])
+      if name.startswith('params/') else frozenset()
+      for name in paths.leaf_names(variables)]
+  given += [None] * len(jax.tree.leaves(x))
+  _products(jax.make_jaxpr(without_units)(variables, x).jaxpr, given, found)
+  transports = {name: tuple(operations) for name, operations in found.items()}
   return Survey(
-      units=Units(units, exact),
+      units=Units(units, exact, transports),
       output=output,
       lacks={n: notes[n]['lacks'] for n in units if notes[n]['lacks']},
       jitted=inside(_JITS),
@@ -379,3 +400,48 @@ def _primitives(jaxpr):
     yield eqn.primitive.name
     for inner in _inner(eqn):
       yield from _primitives(inner)
+
+
+_PRODUCTS = ('dot_general', 'conv_general_dilated', 'ragged_dot_general')
+
+
+def _products(jaxpr, given, found):
+  """Notes each product of data with what parameters alone make.
+
+  `given` says of each input: the parameters that it is made of, a frozenset, or
+  None where data went into it. Returns the same for the outputs.
+  """
+  known = dict(zip(jaxpr.invars, given))
+  of = lambda v: (
+      known.get(v, frozenset()) if isinstance(v, Var) else frozenset())
+  for eqn in jaxpr.eqns:
+    before = [of(v) for v in eqn.invars]
+    if eqn.primitive.name in _PRODUCTS:
+      for weights, data in (before[:2], before[1::-1]):
+        for leaf in weights if weights and data is None else ():
+          found.setdefault(leaf, {})[eqn.primitive.name] = True
+    if eqn.primitive.name == 'stop_gradient':
+      after = [None if b is None else frozenset() for b in before]
+    else:
+      joined = None if None in before else frozenset().union(*before)
+      after = [joined] * len(eqn.outvars)
+    parts = eqn.params.get('branches')
+    inside = before[1:] if parts else before
+    for part in parts or _inner(eqn):
+      part = getattr(part, 'jaxpr', part)
+      if len(part.invars) == len(inside):
+        results = _products(part, inside, found)
+        if eqn.primitive.name == 'scan':  # Until the carries change no more.
+          first, count = eqn.params['num_consts'], eqn.params['num_carry']
+          for _ in range(count):
+            carries = [
+                None if None in (a, b) else a | b
+                for a, b in zip(inside[first:first + count], results[:count])]
+            if carries == inside[first:first + count]:
+              break
+            inside = [*inside[:first], *carries, *inside[first + count:]]
+            results = _products(part, inside, found)
+        if len(results) == len(after) and not parts:
+          after = results
+    known.update(zip(eqn.outvars, after))
+  return [of(v) for v in jaxpr.outvars]

@@ -69,6 +69,7 @@ _RULES = {
     'weight_mirror': {},
     'direct_feedback_alignment': {},
     'direct_feedback_alignment shared': {'shared': True},
+    'direct_random_target_projection': {},
     'forward_gradient gaussian': {},
     'forward_gradient rademacher': {'directions': 'rademacher'},
     'local_representation_alignment': {},

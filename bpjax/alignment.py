@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-import math
 from typing import Any
 
 from bpjax import base
+from bpjax import examples
 from bpjax import feedback as feedback_lib
-from bpjax import linen
 from bpjax import paths
+from bpjax.networks import network
 from bpjax.rules.backprop import backprop
 import jax
 import jax.numpy as jnp
 
 
 def alignment(
-    net: linen.Network, loss: base.Loss, rule: Any
+    net: network.Network, loss: base.Loss, rule: Any
 ) -> Callable[..., dict[str, base.Alignment]]:
   r"""Measures a rule against backprop on one batch.
 
@@ -92,9 +92,16 @@ def alignment(
 
 def _rows(signals: Mapping[str, base.Array], info: base.UnitInfo) -> base.Array:
   """One row an example (and a layer, under `nn.scan`), all calls side by side."""
-  size = math.prod(info.out.shape[1:])
-  return jnp.concatenate(
-      [s.reshape(-1, size) for s in signals.values()], axis=1)
+
+
+  def rows(signal):
+    shape = signal.shape[signal.ndim - len(info.out.shape):]
+    place = info.examples if shape == info.out.shape else None
+    calls = signal.reshape(-1, *shape)
+    whole = jax.vmap(lambda s: examples.first(s, place))(calls)
+    return whole.reshape(whole.shape[0] * whole.shape[1], -1)
+
+  return jnp.concatenate(list(map(rows, signals.values())), axis=1)
 
 
 def _restrict(params, like):

@@ -13,15 +13,18 @@ Key = jax.Array
 Tree = Any
 Loss = Callable[[Any, Any], Array]
 
-# What the engines keep in Flax collections beside the model's own.
 BOUNDARY = 'Boundary'  # The kind, and in lower case the name, of a boundary.
-COLLECTIONS = (
-    'feedback', 'ports', 'noise', 'probes', 'taps', 'particles', 'blocks')
+# What the engines keep in collections beside the model's own.
+FEEDBACK, PORTS, PROBES = 'bpjax_feedback', 'bpjax_ports', 'bpjax_probes'
+TAPS, NOISE, BLOCKS = 'bpjax_taps', 'bpjax_noise', 'bpjax_blocks'
+PARTICLES = 'particles'  # Equilibrium propagation's, which a user may pass.
+COLLECTIONS = (FEEDBACK, PORTS, PROBES, TAPS, NOISE, BLOCKS, PARTICLES)
 # Collections of models that never change, so that a unit may hold them: they
 # are inputs of the unit behind those of its call.
 CONSTANTS = ('perturbation',)
-# Where `bpjax.nn.rectified` notes which entries are active.
-ACTIVE = 'active'
+# Kind of the marks at what `bpjax.nn.rectified` takes, and the collection of
+# which entries are active.
+ACTIVE = 'bpjax_active'
 
 
 class Activations(NamedTuple):
@@ -55,28 +58,32 @@ class Signal(NamedTuple):
       losses, or 1): a term that is not a sum over examples is multiplied by it.
     target: the labels `y` as they were given to `learn`; None where there are
       none (`rule.bind`).
+    step: how many steps were taken before this one, for a rule that counts them
+      (`counts=True`); else None.
   """
   teaching: Array
   error: Array | None
   key: Key | None
   divisor: int = 1
   target: Any = None
+  step: Array | None = None
 
 
 class Credit(NamedTuple):
   """What a rule answers for one unit. Sums over examples, gradient-signed.
 
   Attributes:
-    params: an update for each parameter of the unit, in its shape.
+    params: an update for each parameter of the unit, in its shape; None: no
+      update.
     inputs: the message to each input, in its shape; None for an integer input.
-      A tuple of the length of `Activations.inputs`.
+      A tuple of the length of `Activations.inputs`; None: no message.
     feedback: an update for the unit's feedback in its structure, or None where
       the feedback is fixed.
     source: the unit's own error, in the shape of its output, for the units
       whose ports name this one; None where none does.
   """
-  params: Tree
-  inputs: tuple[Array | None, ...]
+  params: Tree | None = None
+  inputs: tuple[Array | None, ...] | None = None
   feedback: Tree | None = None
   source: Array | None = None
 
@@ -88,9 +95,14 @@ class Aux(NamedTuple):
     output: the model's output.
     model_state: the model's own collections (`batch_stats`, ...) after this
       step; {} for a model without any.
+    feedback: the feedback, with what the rule keeps there besides what is
+      trained (a count of steps, matrices that are drawn anew) as the next step
+      needs it; the very same where a rule keeps nothing. Updates are added to
+      this.
   """
   output: Any
   model_state: Mapping[str, Tree]
+  feedback: Tree | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +136,11 @@ class UnitInfo:
     readers: the units whose first input is this unit's output, in that sense.
     outs: shape and dtype of every unit's output, in the order of the calls.
     block: the block whose loss teaches the unit first, under `bpjax.local`;
-      'output' where that is the model's own.
+      '' where that is the model's own.
+    operation: the primitive of the affine operation, such as `dot_general`.
+    given_examples: for each input where its examples lie, see
+      `bpjax.examples`; None: on the first axis.
+    examples: where they lie in `out`.
   """
   name: str
   kind: str
@@ -145,7 +161,10 @@ class UnitInfo:
   readers: tuple[str, ...] = ()
   outs: Mapping[str, jax.ShapeDtypeStruct] = dataclasses.field(
       default_factory=dict)
-  block: str = 'output'
+  block: str = ''
+  operation: str = ''
+  given_examples: tuple[tuple[int, int, int] | None, ...] = ()
+  examples: tuple[int, int, int] | None = None
 
 
 class Delta(NamedTuple):
@@ -191,6 +210,30 @@ class Unit(Protocol):
       self, params: Tree, weights: Tree, activations: Activations,
       delta: Delta) -> tuple[Array | None, ...]:
     """The VJP with respect to the inputs, with `weights` for the parameters."""
+
+
+class BoundUnit(Protocol):
+  """A unit with its parameters and activations, as `backward` may take it."""
+  info: UnitInfo
+  params: Tree
+  inputs: tuple[Array, ...]
+  pre: Array
+  out: Array
+
+  def delta(self, teaching: Array) -> Delta:
+    """The exact VJP of the unit's activation: `teaching` brought before it."""
+
+  def grad(self, delta: Delta) -> Tree:
+    """The exact VJP with respect to the parameters (`x^T delta` and so on)."""
+
+  def send(self, delta: Delta, weights: Tree) -> tuple[Array | None, ...]:
+    """The VJP with respect to the inputs, with `weights` for the parameters."""
+
+  def affine(self, params: Tree, inputs: tuple[Array, ...]) -> Array:
+    """The affine operation at other parameters or inputs."""
+
+  def activation(self, pre: Array) -> Array:
+    """What follows the affine operation, at another pre-activation."""
 
 
 class Alignment(NamedTuple):

@@ -17,7 +17,7 @@ import numpy as np
 Neurons = int | np.ndarray
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # Arrays have no hash.
 class Mask:
   """Which neurons of which units learn. Made by `bottleneck`.
 
@@ -81,7 +81,7 @@ class _Bottleneck(credit.Rule):
 
     def backward(unit, params, feedback, activations, signal):
       teaching = self.mask.apply(unit.info.name, signal.teaching)
-      return rule.backward(
+      return rule.answer(
           unit, params, feedback, activations,
           signal._replace(teaching=teaching))
 

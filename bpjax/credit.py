@@ -11,18 +11,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 import dataclasses
 import functools
+import inspect
 from typing import Any
 
 from bpjax import base
 from bpjax import checks
-from bpjax import linen
 from bpjax import paths
 from bpjax import reduction as reduction_lib
 from bpjax import unit as unit_lib
+from bpjax.networks import network
 import jax
 import jax.numpy as jnp
 
 SHARED = '_shared'  # Key of the feedback that no single unit owns.
+STEP = '_step'  # Key of the count of steps in it.
 _OWN = ('params', *base.COLLECTIONS)
 
 
@@ -47,8 +49,9 @@ class Rule:
 
   Attributes:
     name: the rule's name.
-    backward: `(unit, params, feedback, activations, signal) -> Credit`, the
-      rule itself: a pure function of one unit.
+    backward: `(unit, feedback, signal) -> Credit`, the rule itself: a pure
+      function of one unit, a `BoundUnit`. Or, with parameters and activations
+      apart, `(unit, params, feedback, activations, signal) -> Credit`.
     init_unit: `(key, info, params) -> feedback of this unit`, a dict, an
       array, or None.
     init_shared: `(key, units) -> feedback` that several units read, or None;
@@ -62,8 +65,15 @@ class Rule:
     stochastic: whether `backward` draws random numbers (`signal.key`).
     mirrors: whether the feedback learns from noise, not from the data, so that
       a trainer may choose at which steps it does.
+    counts: whether it asks for the number of steps, `signal.step`.
+    advance: `(info, feedback, step) -> feedback` of a unit for the next step,
+      for what it keeps besides what is trained; or None.
     linear: whether the rule is linear in the error, as `bind` needs; a rule
       has to say so itself.
+    segment: how much of what follows a unit's affine operation is the unit's
+      own, for rules that move its pre-activation: 'shape' (up to the last value
+      of the pre-activation's shape before another unit reads it), 'rank' (the
+      last of its rank: pooling too), 'last'; None: nothing.
     weight_target: `(units, params, feedback) -> {unit: weights}`: what the
       rule's weights should align with, for `bpjax.alignment`; or None.
   """
@@ -76,13 +86,25 @@ class Rule:
   learns_feedback: bool | Callable[[str], bool] = False
   stochastic: bool = False
   mirrors: bool = False
+  counts: bool = False
+  advance: Callable[..., base.Tree] | None = None
   linear: bool = False
+  segment: str | None = None
   weight_target: Callable[..., Mapping[str, base.Tree]] | None = None
 
   @property
   def keeps_feedback(self) -> bool:
     """Whether units have feedback of their own."""
     return self.init_unit is not no_feedback
+
+  def answer(
+      self, unit: base.Unit, params: base.Tree, feedback: base.Tree,
+      activations: base.Activations, signal: base.Signal) -> base.Credit:
+    """What `backward` says, in either of its forms."""
+    if len(inspect.signature(self.backward).parameters) == 3:
+      bound = unit_lib.Bound(unit, params, activations)
+      return self.backward(bound, feedback, signal)
+    return self.backward(unit, params, feedback, activations, signal)
 
   def rule_for(self, unit: str) -> tuple[str, Rule]:
     """The rule that trains `unit`, and the name that its shared part has."""
@@ -92,11 +114,22 @@ class Rule:
   def check_names(self, units: Iterable[str]) -> None:
     """Raises a ValueError for a pattern of the rule's that fits no unit."""
 
+  def seen_by(
+      self, net: network.Network, variables: Mapping[str, Any], x: Any
+  ) -> network.Network:
+    """The network whose units own as much as their rules need."""
+    segments = {}
+    for name in net.survey(variables, x).units:
+      segment = self.rule_for(name)[1].segment
+      if segment is not None:
+        segments[name] = segment
+    return net.owning(segments)
+
   def check(self, survey: Any) -> None:
     """Raises a ValueError for a network that the rule cannot train."""
-    checks.check_visible(survey)
     checks.check_any_unit(survey, self.name)
-    checks.warn_of_transports(survey, self.name)
+    checks.check_loops(survey, self.name)
+    checks.warn_of_exact(survey, self.name)
     self.check_names(survey.units)
     for unit in survey.blocked:
       raise ValueError(
@@ -106,6 +139,13 @@ class Rule:
           'activation or a straight-through one, '
           '`x + jax.lax.stop_gradient(jnp.sign(x) - x)`.')
     infos = self._told(survey.units.infos)
+    for unit, why in survey.mixed.items():
+      if survey.units[unit].info.is_output:  # It learns by its exact error.
+        continue
+      raise ValueError(
+          f'unit `{unit}` {why}, so that rule `{self.rule_for(unit)[0]}` cannot '
+          'give it a target of its own; give it another rule with `by_path`, or '
+          'put what belongs together into one module that `is_unit` chooses.')
     for rule, units in self._members(infos).values():
       rule.check_units(units)
     for name, info in infos.items():
@@ -135,7 +175,7 @@ class Rule:
         for name, info in units.items()}
 
   def init(
-      self, key: base.Key, net: linen.Network, variables: Mapping[str, Any],
+      self, key: base.Key, net: network.Network, variables: Mapping[str, Any],
       x: Any) -> dict[str, Any]:
     """Draws the rule's feedback for a network.
 
@@ -152,30 +192,49 @@ class Rule:
     Raises:
       ValueError: if the rule cannot train this network.
     """
+    net = self.seen_by(net, variables, x)
     survey = net.survey(variables, x)
     self.check(survey)
     infos = self._told(survey.units.infos)
 
-    def visit(call):
-      info = infos[call.name]
-      _, rule = self.rule_for(call.name)
-      if _passes_on(info, rule):
-        return call.original()
-      if call.read('feedback') is None and rule.keeps_feedback:
-        feedback = rule.init_unit(call.key(), info, call.params)
-        if feedback is not None:
-          call.write('feedback', feedback)
-      return call.original()
-
-    def draw(key, variables, x):
+    def draw(key, params):
       key, shared_key = jax.random.split(key)
-      _, collections = net.run(variables, x, visit, key, ['feedback', *state])
-      feedback = unit_lib.unpack(collections.get('feedback', {}))
+      feedback = net.draw_feedback(
+          key, variables, x, params,
+          {name: self._drawer(name, info) for name, info in infos.items()})
       shared = self._init_shared(shared_key, infos)
+      if any(rule.counts or rule.advance
+             for rule, _ in self._members(infos).values()):
+        shared[STEP] = jnp.zeros((), jnp.int32)
       return {**feedback, SHARED: shared} if shared else feedback
 
-    state = [c for c in variables if c not in _OWN]
-    return jax.jit(draw)(key, dict(variables), x)
+    feedback = jax.jit(draw)(key, variables['params'])
+    survey.feedback_shapes[self] = _shapes(feedback)
+    return feedback
+
+  def _drawer(self, name, info):
+    """`(key, params) -> feedback` of a unit, or None where there is none."""
+    _, rule = self.rule_for(name)
+    if _passes_on(info, rule) or not rule.keeps_feedback:
+      return None
+    return lambda key, params: rule.init_unit(key, info, params)
+
+  def _check_feedback(self, net, variables, x, feedback):
+    """Raises a ValueError unless it is what `init` returns for this network."""
+    survey = net.survey(variables, x)
+    if self not in survey.feedback_shapes:
+      jax.eval_shape(
+          lambda key: self.init(key, net, variables, x), jax.random.key(0))
+    wanted, given = survey.feedback_shapes[self], _shapes(feedback)
+    for name in {**wanted, **given}:
+      if wanted.get(name) != given.get(name):
+        unit = next((u for u in net.survey(variables, x).units
+                     if name == u or name.startswith(u + '/')), name)
+        raise ValueError(
+            f'`feedback` of unit `{unit}` must have the shape '
+            f'{wanted.get(name, "of nothing")} at `{name}` under rule '
+            f'`{self.name}`, got {given.get(name, "nothing")}; pass what '
+            '`rule.init` returned for this network.')
 
   def _sources(self, survey):
     """Unit -> the unit whose error its port reads; and how deep they hang."""
@@ -232,6 +291,8 @@ class Rule:
       {'Dense_1': {'kernel': False}}
     """
     def learns(name, _):
+      if name == f'{SHARED}/{STEP}':
+        return False
       learns = self._rule_of_leaf(name).learns_feedback
       return learns(name) if callable(learns) else learns
 
@@ -240,28 +301,33 @@ class Rule:
   def mirrored(self, feedback: base.Tree) -> base.Tree:
     """A tree of bools: which feedback learns from noise (`mirrors`)."""
     return paths.map_with_name(
-        lambda name, _: self._rule_of_leaf(name).mirrors, feedback)
+        lambda name, _: name != f'{SHARED}/{STEP}'
+        and self._rule_of_leaf(name).mirrors, feedback)
 
   def _rule_of_leaf(self, name):
     return self.rule_for(name.removeprefix(SHARED + '/'))[1]
 
   def units(
-      self, net: linen.Network, variables: Mapping[str, Any], x: Any
+      self, net: network.Network, variables: Mapping[str, Any], x: Any
   ) -> dict[str, str]:
-    """Unit -> the rule that trains it; also the parameters without a unit."""
-    units = net.survey(variables, x).units
+    """Unit -> the rule that trains it; parameter -> where it is exact."""
+    net = self.seen_by(net, variables, x)
+    survey = net.survey(variables, x)
+    units = survey.units
     trained = {name: self.rule_for(name)[1].name for name in units}
-    exact = {p: 'exact gradient (no unit)' for p in units.exact}
-    return trained | exact | {
-        p: f'exact gradient ({", ".join(operations)} outside of any unit)'
-        for p, operations in units.transports.items()}
+    trained |= {leaf: f'not trained (inside unit `{unit}`)'
+                for leaf, unit in survey.untrained.items()}
+    for leaf, operations in units.exact_by.items():
+      exact = f'exact gradient ({", ".join(operations)})'
+      trained[leaf] = f'{trained[leaf]}; {exact}' if leaf in trained else exact
+    return trained
 
-  def predict(self, net: linen.Network) -> Callable[..., Any]:
+  def predict(self, net: network.Network) -> Callable[..., Any]:
     """`(variables, x) -> output` in evaluation mode."""
     return net.apply
 
   def value_and_grad(
-      self, net: linen.Network, loss: base.Loss, *,
+      self, net: network.Network, loss: base.Loss, *,
       reduction: str | Mapping[str, str] = 'mean') -> Callable[..., Any]:
     """Like `jax.value_and_grad`, for this rule.
 
@@ -315,34 +381,39 @@ class Rule:
       value, aux, the summed updates of (params, feedback, probes), and the
       number of losses.
     """
+    net = self.seen_by(net, variables, x)
     survey = net.survey(variables, x)
     self.check(survey)
+    self._check_feedback(net, variables, x, feedback)
     key, _ = split(key)
     params = variables['params']
     state = {c: v for c, v in variables.items() if c not in _OWN}
-    feedback = dict(feedback)
+    given, feedback = feedback, dict(feedback)
     shared = feedback.get(SHARED, {})
     count = jax.eval_shape(loss, survey.output, y).size
     sources, depth = self._sources(survey)
+    readouts = self._readouts(survey) if settle is None else ()
     taps = paths.nest({
         f'{name}/tap_0': zeros_like_output(survey.units[name].info.out)
-        for name in sources.values()})
+        for name in sources.values()} | {
+            f'{name}/readout_0': zeros_like_output(survey.units[name].info.pre)
+            for name in readouts})
     visit = functools.partial(
         self._visit, infos=self._told(survey.units.infos), shared=shared,
         divisor=lambda unit: reduction_lib.divisor(reduction, unit, count),
-        target=y)
+        target=y, step=shared.get(STEP))
 
     def forward(params, feedback, probes, taps):
       own = {k: v for k, v in feedback.items() if k != SHARED}
       collections = {
-          **state, 'params': params, 'feedback': unit_lib.pack(own, params)}
+          **state, 'params': params, base.FEEDBACK: own}
       if probes is not None:
-        collections['probes'] = probes
+        collections[base.PROBES] = probes
       if taps:
-        collections['taps'] = taps
+        collections[base.TAPS] = taps
       output, state_out = net.run(
-          collections, x, visit, key, [*state, 'ports'])
-      ports = state_out.pop('ports', {})
+          collections, x, visit, key, [*state, base.PORTS])
+      ports = state_out.pop(base.PORTS, {})
       return (output, ports), {c: state_out[c] for c in state}
 
     (output, ports), pull, state = jax.vjp(
@@ -353,24 +424,57 @@ class Rule:
     def seed(name, port):
       unit = name.rpartition('/')[0]
       source = sources.get(unit)
-      if source is None:
+      if source is not None:
+        return paths.subtree(errors, source)['tap_0']
+      if not readouts:
         return _to_port(error_of(unit), port)
-      return paths.subtree(errors, source)['tap_0']
+      outputs = jax.tree.leaves(error)
+      return _to_port(reduction_lib.errors_together([
+          outputs[part] if isinstance(part, int)
+          else paths.subtree(errors, part)['readout_0']
+          for part in survey.error_parts], losses.shape[0]), port)
 
     # One pull a level of the wiring: it brings the errors of the units that
     # hang on those already known. XLA merges what they have in common.
     errors = taps
-    for _ in range(depth):
+    for _ in range(depth + bool(readouts)):
       *_, errors = pull((error, paths.map_with_name(seed, ports)))
     *grads, _ = pull((error, paths.map_with_name(seed, ports)))
     # Feedback may hold whole numbers, which have no gradient: zeros of theirs.
     grads = jax.tree.map(
         lambda g, x: jnp.zeros_like(x) if g.dtype == jax.dtypes.float0 else g,
         tuple(grads), (params, feedback, probes))
-    return jnp.mean(losses), base.Aux(output, state), grads, count
+    aux = base.Aux(output, state, self._advanced(given, survey))
+    return jnp.mean(losses), aux, grads, count
+
+  def _advanced(self, feedback, survey):
+    """The feedback that the next step's updates are added to."""
+    step = feedback.get(SHARED, {}).get(STEP)
+    if step is None:
+      return feedback
+    own = dict(zip(paths.leaf_names(feedback), jax.tree.leaves(feedback)))
+    for name, info in self._told(survey.units.infos).items():
+      rule = self.rule_for(name)[1]
+      part = paths.subtree(feedback, name)
+      if rule.advance is None or part is None:
+        continue
+      new = rule.advance(info, part, step)
+      own |= {'/'.join(filter(None, (name, leaf))): value for leaf, value in zip(
+          paths.leaf_names(new), jax.tree.leaves(new))}
+    own[f'{SHARED}/{STEP}'] = step + 1
+    return jax.tree.unflatten(
+        jax.tree.structure(feedback), [own[n] for n in paths.leaf_names(feedback)])
+
+  def _readouts(self, survey):
+    """The readouts whose own errors are read by ports."""
+    if all(self.rule_for(name)[1].port(info) != 'output'
+           for name, info in self._told(survey.units.infos).items()):
+      return ()
+    return tuple(p for p in survey.error_parts if isinstance(p, str))
 
   def infos(self, net, variables, x):
     """Unit -> what the rule knows of it before any data."""
+    net = self.seen_by(net, variables, x)
     return net.survey(variables, x).units.infos
 
   def signals(
@@ -381,21 +485,20 @@ class Rule:
       The mean updates of the parameters, and a collection of the teaching
       signals: under each unit's name an array for each of its calls.
     """
-    checks.check_lists(net.survey(variables, x), 'probes', 'the alignment')
+    net = self.seen_by(net, variables, x)
 
     def visit(call):
       out = call.original()
-      call.write('probes', jnp.zeros_like(out), 'call')
+      call.write(base.PROBES, jnp.zeros_like(out), 'call')
       return out
 
     def trace(variables, x):
       state = [c for c in variables if c != 'params']
       return net.run(
-          variables, x, visit, jax.random.key(0), [*state, 'probes']
-      )[1].get('probes', {})
+          variables, x, visit, jax.random.key(0), [*state, base.PROBES]
+      )[1].get(base.PROBES, {})
 
     shapes = jax.eval_shape(trace, dict(variables), x)
-    checks.check_calls(net.survey(variables, x), shapes)
     probes = jax.tree.map(zeros_like_output, shapes)
     _, _, (grads, _, signals), count = self.differentiate(
         net, loss, variables, feedback, x, y, key, probes, settle=settle)
@@ -407,7 +510,7 @@ class Rule:
     units = self._told(units)
     for name in units:
       label, rule = self.rule_for(name)
-      part = paths.subtree(feedback, name)
+      part = paths.of_unit(feedback, name)
       if part is None:
         part = feedback.get(SHARED, {}).get(label)
       if rule.weight_target is not None and part is not None:
@@ -419,30 +522,34 @@ class Rule:
     return targets
 
   def _visit(
-      self, call, infos, shared, divisor=lambda unit: 1, target=None):
+      self, call, infos, shared, divisor=lambda unit: 1, target=None,
+      step=None):
     """Answers for one call of one unit: the unit under `custom_vjp`."""
     info = infos[call.name]
     label, rule = self.rule_for(call.name)
-    probe = call.read('probes', 'call')
+    probe = call.read(base.PROBES, 'call')
     if info.kind == base.BOUNDARY and probe is not None:
       # What counts here is what the boundary hands down, not what it gets.
       call.inputs, probe = (call.inputs[0] + probe,), None
     if _passes_on(info, rule):
       return call.original()
-    feedback = _feedback_of(call, info, label, rule, shared.get(label))
+    feedback = call.read(base.FEEDBACK) if rule.keeps_feedback else None
+    if feedback is None:
+      feedback = shared.get(label)
     key = call.key() if rule.stochastic else None
     source = rule.port(info)
     read = (None if source is None else info.net_output if source == 'output'
             else infos[source].out)
     out, port = _wrap(
-        call.unit, info, rule, divisor(call.name), read, source == 'output',
-        target)(
-        call.params, feedback, call.inputs, key, call.read('taps', 'tap'))
+        call.unit, info, rule, read, source == 'output',
+        dict(divisor=divisor(call.name), target=target, step=step))(
+        call.params, feedback, call.taught_inputs(), key,
+        call.read(base.TAPS, 'tap'), call.read(base.TAPS, 'readout'))
     if port is not None:
-      call.write('ports', port, 'port')
+      call.write(base.PORTS, port, 'port')
     return out if probe is None else out + probe
 
-  def bind(self, net: linen.Network) -> Callable[..., Any]:
+  def bind(self, net: network.Network) -> Callable[..., Any]:
     """An apply function whose ordinary `jax.grad` is the rule.
 
     For rules that are linear in the error and read no port. What the gradient
@@ -465,7 +572,8 @@ class Rule:
           'is not; use `rule.value_and_grad(net, loss)`.')
 
     def apply(variables, feedback, x, *, key=None, mutable=False):
-      survey = net.survey(variables, x)
+      seen = self.seen_by(net, variables, x)
+      survey = seen.survey(variables, x)
       self.check(survey)
       infos = self._told(survey.units.infos)
       for name, info in infos.items():
@@ -476,8 +584,8 @@ class Rule:
               f'(rule `{label}`); use `rule.value_and_grad(net, loss)`.')
       own = {k: v for k, v in feedback.items() if k != SHARED}
       state = [c for c in variables if c not in _OWN]
-      output, state_out = net.run(
-          {**variables, 'feedback': unit_lib.pack(own, variables['params'])}, x,
+      output, state_out = seen.run(
+          {**variables, base.FEEDBACK: own}, x,
           functools.partial(
               self._visit, infos=infos, shared=feedback.get(SHARED, {})),
           key, state)
@@ -488,11 +596,16 @@ class Rule:
     return apply
 
 
+def _shapes(tree):
+  return dict(zip(paths.leaf_names(tree), map(jnp.shape, jax.tree.leaves(tree))))
+
+
 def _settle(loss, y, output):
   losses, pull = jax.vjp(lambda o: loss(o, y), output)
   reduction_lib.check_losses(losses, output)
   error, = pull(jnp.ones_like(losses))
-  return losses, error, lambda unit: error
+  whole = reduction_lib.errors_together(error, losses.shape[0])
+  return losses, error, lambda unit: whole
 
 
 def split(key: base.Key | None) -> tuple[base.Key | None, base.Key | None]:
@@ -505,29 +618,12 @@ def _passes_on(info, rule):
   return info.kind == base.BOUNDARY and rule.port(info) is None
 
 
-def _feedback_of(call, info, label, rule, shared):
-  """The feedback of a unit: its own, else what it shares; checked."""
-  feedback = call.read('feedback')
-  if not rule.keeps_feedback:
-    return shared
-  expected = jax.eval_shape(
-      lambda k, p: rule.init_unit(k, info, p), jax.random.key(0), call.params)
-  if expected is None:
-    return feedback if shared is None else shared
-  shapes = lambda t: jax.tree.map(lambda leaf: tuple(leaf.shape), t)
-  if shapes(feedback) != shapes(expected):
-    raise ValueError(
-        f'`feedback` of unit `{call.name}` must have the shape '
-        f'{shapes(expected)} under rule `{label}`, got {shapes(feedback)}; '
-        'pass what `rule.init` returned for this network.')
-  return feedback
-
-
-def _wrap(unit, info, rule, divisor, read, from_output, target):
+def _wrap(unit, info, rule, read, from_output, told):
   """The unit as a function with the rule for its derivative.
 
   `read` has the shape of the error that the unit's port reads, if any;
-  `from_output` says whether that is the model's own.
+  `from_output` says whether that is the model's own; `told` is what the signal
+  says besides.
   """
   unit.info = info
 
@@ -537,30 +633,38 @@ def _wrap(unit, info, rule, divisor, read, from_output, target):
     return pre, out, port
 
   @jax.custom_vjp
-  def call(params, feedback, inputs, key, tap):
-    del feedback, key, tap
+  def call(params, feedback, inputs, key, tap, readout):
+    del feedback, key, tap, readout
     return primal(params, inputs)[1:]
 
-  def forward(params, feedback, inputs, key, tap):
+  def forward(params, feedback, inputs, key, tap, readout):
     pre, out, port = primal(params, inputs)
-    return (out, port), (params, feedback, inputs, pre, out, key, tap)
+    return (out, port), (params, feedback, inputs, pre, out, key, tap, readout)
 
   def backward(residuals, cotangents):
-    params, feedback, inputs, pre, out, key, tap = residuals
+    params, feedback, inputs, pre, out, key, tap, readout = residuals
     teaching, error = cotangents
     if from_output:
       error = _late(error, teaching)
-    credit = rule.backward(
-        unit, params, feedback, base.Activations(inputs, pre, out),
-        base.Signal(teaching, error, key, divisor, target))
+    activations = base.Activations(inputs, pre, out)
+    credit = rule.answer(
+        unit, params, feedback, activations,
+        base.Signal(teaching, error, key, **told))
     if tap is not None and credit.source is None:
       raise ValueError(
           f'a port names unit `{info.name}` as its source, and rule '
           f'`{rule.name}` answers no `Credit.source` there; wire it to '
           "'output', or to a unit of a rule that does.")
-    return (credit.params, credit.feedback,
-            _check_messages(info, rule, inputs, credit.inputs), None,
-            None if tap is None else credit.source)
+    updates, messages = credit.params, credit.inputs
+    if updates is None:
+      updates = jax.tree.map(jnp.zeros_like, params)
+    if messages is None:
+      messages = (None,) * len(inputs)
+    return (updates, credit.feedback,
+            _check_messages(info, rule, inputs, messages), None,
+            None if tap is None else credit.source,
+            None if readout is None else
+            unit.delta(params, activations, teaching).pre)
 
   call.defvjp(forward, backward)
   return call

@@ -16,6 +16,7 @@ from bpjax import credit
 from bpjax import local_losses
 from bpjax import located
 from bpjax import perturbation
+from bpjax import reach as reach_lib
 from bpjax import reduction as reduction_lib
 from bpjax import survey as survey_lib
 from bpjax import view as view_lib
@@ -324,6 +325,9 @@ class Local:
           for name, head in heads.items()}
       grads, rule_grads, heads = reduction_lib.apply(
           reduction, (grads, rule_grads, heads), count)
+      own = feedback['rule'] if aux.feedback is None else aux.feedback
+      aux = aux._replace(feedback=feedback if own is feedback['rule'] else {
+          **feedback, 'rule': own})
       return (value, aux), (grads, {'rule': rule_grads, 'heads': heads})
 
     return learn
@@ -390,7 +394,12 @@ class Losses(located.Judge):
   def measure(self, outputs: Any) -> Any:
     """What the blocks with a loss put out, and the output."""
     blocks = {n: outputs['blocks'][n] for n in self._params}
-    return {'blocks': blocks, view_lib.OUTPUT: outputs[view_lib.OUTPUT]}
+    return {**outputs, 'blocks': blocks}
+
+  def blocks(self) -> dict[str, Any]:
+    """Block -> `shape -> axes`: of its output, those that losses lie on."""
+    return {n: lambda shape: self.kept(reach_lib.identity(shape))
+            for n in self._params}
 
   def held(self, net: view_lib.View, measured: Any) -> view_lib.View:
     """A difference does not stop where a gradient does: what goes on is held."""
@@ -421,7 +430,7 @@ class Losses(located.Judge):
     reduction_lib.check_losses(losses, output)
     error, = pull(jnp.full_like(losses, self._share))
     errors = {n: jnp.zeros_like(h) for n, h in outputs['blocks'].items()}
-    own = {view_lib.OUTPUT: error}
+    own = {view_lib.LAST: error}
     for name, head in self._params.items():
       prediction, pull_head = jax.vjp(
           lambda head, h: self._local.loss.predict(head, self.flat(h)), head,

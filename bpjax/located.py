@@ -8,28 +8,74 @@ copy of the loss is made.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import math
 from typing import Any
 
 from bpjax import base
-from bpjax import paths
 from bpjax import reach as reach_lib
 import jax
 import jax.numpy as jnp
 
 
+OUTPUT = '/'  # In names of losses that are of the output: no block has such one.
+
+
 class Judge:
   """What counts as a change for the perturbation engine, block by block.
 
-  A subclass has `measure`, `settle` (which sets `errors`), `of_output` and
-  `of_block`.
+  What is measured is `{'blocks': {block: array}, 'output': the model's}`. A
+  subclass has `measure`, `settle` (which sets `errors`, one for each array that
+  is measured), `of_output` and, for blocks, `blocks` and `of_block`.
   """
 
-  def __init__(self, placement: str, groups: int, grouped: bool):
+  def __init__(
+      self, placement: str = 'block', groups: int = 1, grouped: bool = False):
     self._placement, self._groups = placement, groups
     self._has_groups = grouped
-    self._reach = None
     self.errors = None
+
+  def of_output(self, measured: Any) -> base.Array:
+    """The losses of the model's output, [batch, ...]."""
+    raise NotImplementedError
+
+  def measure(self, output: Any) -> Any:
+    """What is differentiated, from what the network puts out."""
+    raise NotImplementedError
+
+  def settle(self, measured: Any) -> tuple[base.Array, Any]:
+    """The losses of the output, and the error of what is measured."""
+    raise NotImplementedError
+
+  def held(self, net: Any, measured: Any) -> Any:
+    """The network that differences are taken of."""
+    del measured
+    return net
+
+  def blocks(self) -> dict[str, Callable[[tuple[int, ...]], reach_lib.Axes]]:
+    """Block -> `shape -> axes`: of its output, those that losses lie on."""
+    return {}
+
+  def seeds(self, output: Any, differences: bool) -> list[reach_lib.Reached]:
+    """For each array of the model's output, its loss and that loss's axes.
+
+    Args:
+      output: shapes and dtypes of the model's output.
+      differences: whether changes are differences of losses, in which examples
+        may meet; not the errors of an output times its change.
+
+    Returns:
+      A list as `reach.follow` takes it.
+    """
+    if differences:
+      axes, = reach_lib.reach(
+          lambda output: _rows(self.of_output({'output': output})), output,
+          values=True)
+      return [{} if a is None else {OUTPUT: a} for a in axes]
+    return [
+        {f'{OUTPUT}{i}': reach_lib.identity(leaf.shape)[:1]}
+        if _is_float(leaf) else {}
+        for i, leaf in enumerate(jax.tree.leaves(output))]
 
   def flat(self, features: base.Array) -> base.Array:
     """A block's output with its groups side by side, [batch, ..., channels]."""
@@ -42,14 +88,17 @@ class Judge:
       change: a tangent of what `measure` returned.
 
     Returns:
-      Block or 'output' -> `[batch]` and the axes of its losses.
+      Loss -> `[batch]` and the axes of its losses.
     """
     result = {
         n: self._product(e, change['blocks'][n])
         for n, e in self.errors['blocks'].items()}
-    output = self.errors['output']
-    return result | {
-        'output': _rows(output * change['output'].astype(output.dtype))}
+    for i, (e, c) in enumerate(zip(
+        jax.tree.leaves(self.errors['output']),
+        jax.tree.leaves(change['output']))):
+      if _is_float(e):
+        result[f'{OUTPUT}{i}'] = _rows(e * c.astype(e.dtype))
+    return result
 
   def _product(self, error, change):
     """Over the entries of a block's output that one loss is about."""
@@ -67,7 +116,7 @@ class Judge:
       return x
     return x.reshape(*x.shape[:-1], self._groups, -1)
 
-  def _kept(self, axes):
+  def kept(self, axes):
     """Of the axes of a block's output, those of its losses."""
     if not self._has_groups:
       size = math.prod(n for n, _ in axes[-1])
@@ -86,7 +135,7 @@ class Judge:
     Returns:
       As `locate`.
     """
-    result = {'output': _rows(self.of_output(there))}
+    result = {OUTPUT: _rows(self.of_output(there))}
     for name, moved in there['blocks'].items():
       still = here['blocks'][name]
       if self._placement == 'block':
@@ -124,50 +173,20 @@ class Judge:
     """
     leaves, structure = jax.tree.flatten((u, v))
     taught = []
-    for leaf, reached in zip(leaves, self._reached(plan)):
-      parts = [
-          _times(plan, leaf, change[name], axes)
-          for name, axes in reached.items()]
-      taught.append(sum(parts[1:], parts[0]) if parts else 0 * leaf)
+    for leaf, reached in zip(leaves, plan.reached):
+      first, *rest = [_times(plan, leaf, change[name], axes)
+                      for name, axes in reached.items()]
+      taught.append(sum(rest, first))
     return jax.tree.unflatten(structure, taught)
-
-  def group(self, plan: Any, kind: str, name: str) -> Any:
-    """The blocks whose losses hear of a perturbation."""
-    del kind
-    names = [
-        n.partition('/')[2]
-        for n in paths.leaf_names((plan.noise, plan.perturbed))]
-    return tuple(self._reached(plan)[names.index(name)])
-
-  def _reached(self, plan):
-    """For each perturbed array: block -> the axes of its losses, in digits."""
-    if self._reach is None:
-
-      # Not as they come in a tree that has been through jax: sorted there.
-      names = [*self.errors['blocks'], 'output']
-
-      def function(inputs):
-        noise, perturbed = inputs
-        params = {**plan.flat(plan.params), **perturbed}
-        outputs = self.measure(plan.run(params, noise)[0])
-        return [*(outputs['blocks'][n] for n in names[:-1]), outputs['output']]
-
-      inputs = (plan.noise, plan.perturbed)
-      found = reach_lib.reach(function, inputs)
-      self._reach = []
-      for i in range(len(jax.tree.leaves(inputs))):
-        reached = {}
-        for name, axes in zip(names, found):
-          if axes[i] is not None:
-            reached[name] = (
-                axes[i][:1] if name == 'output' else self._kept(axes[i]))
-        self._reach.append(reached)
-    return self._reach
 
 
 def _rows(losses):
-  """The losses of each example, [batch]."""
-  return jnp.sum(losses.reshape(losses.shape[0], -1), axis=1)
+  """The losses of each example, [batch]; a scalar as it is."""
+  return jnp.sum(losses, axis=tuple(range(1, losses.ndim)))
+
+
+def _is_float(leaf):
+  return jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
 def _times(plan, leaf, change, axes):

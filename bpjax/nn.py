@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from bpjax import base
+from bpjax.networks import trace
 import flax.linen as nn
 from flax import nnx
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 
@@ -41,9 +43,9 @@ def rectified(module: nn.Module, name: str, x: jnp.ndarray) -> jnp.ndarray:
     >>> Hidden().init_with_output(jax.random.key(0), jnp.ones((2, 4)))[0].shape
     (2, 8)
   """
-  if not module.is_initializing():  # It is no variable to start with.
-    module.sow(base.ACTIVE, f'{name}_{base.ACTIVE}', x > 0)
-  return nn.relu(x)
+  place = '/'.join((*module.scope.path, name))
+  return nn.relu(checkpoint_name(
+      x, f'{trace.MARK}{base.ACTIVE}:{place}'))
 
 
 class Layer(nn.Module):

@@ -110,10 +110,36 @@ def nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
   return tree
 
 
+def is_inside(name: str, module: str) -> bool:
+  """Whether a path is that of a module, or of something inside it."""
+  return name == module or name.startswith(module + '/') or not module
+
+
+def leaves(tree: Any) -> dict[str, Any]:
+  """The leaves of a tree by their paths."""
+  return dict(zip(leaf_names(tree), jax.tree.leaves(tree)))
+
+
+BARE = '#0'  # Name of a unit's bare array that lies beside others.
+
+
+def of_unit(feedback: Any, name: str) -> Any:
+  """A unit's part of the feedback, or None where there is none."""
+  part = subtree(feedback, name)
+  return part[BARE] if isinstance(part, Mapping) and BARE in part else part
+
+
 def subtree(tree: Any, name: str) -> Any:
-  """The part of a nested dict under `name`, or None where there is none."""
+  """The part of a tree under `name`, or None where there is none."""
+  found = tree
   for part in name.split('/') if name else ():
-    if not isinstance(tree, Mapping) or part not in tree:
-      return None
-    tree = tree[part]
-  return tree
+    if not isinstance(found, Mapping) or part not in found:
+      break
+    found = found[part]
+  else:
+    return found
+  # No nested dict, or one with a `/` in its keys.
+  inside = {n: leaf for n, leaf in leaves(tree).items() if is_inside(n, name)}
+  if name in inside:
+    return inside[name]
+  return nest({n[len(name) + 1:]: leaf for n, leaf in inside.items()}) or None

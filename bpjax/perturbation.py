@@ -1,9 +1,9 @@
 """The perturbation engine: learning from directional derivatives.
 
-Every module that owns parameters, norms included, puts a tangent on its output.
-One linearised forward pass gives the change of each example's loss along it,
-and each module's own, local VJP turns that into an update. No error travels
-backwards between modules: a barrier after each of them stops it.
+Every place at which parameters meet data, the gain of a norm included, puts a
+tangent on its output. One linearised forward pass gives the change of each
+example's loss along it, and each place's own, local VJP turns that into an
+update. No error travels backwards between places: a barrier stops it.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ import dataclasses
 from typing import Any
 
 from bpjax import base
-from bpjax import checks
 from bpjax import credit
 from bpjax import feedback as feedback_lib
-from bpjax import linen
+from bpjax import located
 from bpjax import paths
 from bpjax import random_bits
+from bpjax import reach as reach_lib
 from bpjax import reduction as reduction_lib
+from bpjax import unit as unit_lib
+from bpjax.networks import network
 import jax
 import jax.numpy as jnp
 
@@ -37,10 +39,10 @@ class Rule(feedback_lib.NoFeedback):
     backward: `(unit, params, feedback, activations, signal) -> Credit` of one
       unit, with `signal.teaching` the perturbation times the change of loss.
     directions: `(key, arrays) -> tangents`, one in the shape of each.
-    perturb: 'activity' (module outputs) or 'weight' (parameters).
+    perturb: 'activity' (outputs of units and norms) or 'weight' (parameters).
     samples: how many directions each update averages over.
     loop: whether samples are taken one after the other.
-    exact_readout: whether the output unit keeps its own exact gradient.
+    exact_readout: whether readouts keep their own exact gradient.
     mask: which neurons learn (`bpjax.bottleneck`), or None for all.
     orthogonal: whether the samples' directions are at right angles.
     epsilon: the step of finite differences; 0: exact derivatives.
@@ -71,19 +73,12 @@ class Rule(feedback_lib.NoFeedback):
 
   def check(self, survey: Any) -> None:
     """Raises a ValueError for a network that the rule cannot train."""
-    checks.check_visible(survey)
     for unit in () if self.epsilon else survey.blocked:
       raise ValueError(
           f'a perturbation of unit `{unit}` cannot change the loss under '
           f'`{self.name}`: an activation between it and the output has a '
           'derivative that is zero everywhere (sign, round, a comparison); use '
           'a smooth activation, or finite differences, `epsilon=1e-3`.')
-    checks.check_lists(survey, 'noise', f'rule `{self.name}`')
-    for name, info in survey.units.infos.items():
-      if self.exact_readout and info.is_output and info.calls > 1:
-        raise ValueError(
-            f'the readout `{name}` is called {info.calls} times, so that it has '
-            'no gradient of its own; use `exact_readout=False`.')
     if self.noise and survey.batch_coupled:
       raise ValueError(
           "`noise` must be None where an example's loss depends on the others, "
@@ -96,27 +91,34 @@ class Rule(feedback_lib.NoFeedback):
 
   def units(self, net, variables, x) -> dict[str, str]:
     """Unit -> the rule that trains it; also the parameters without a unit."""
+    traced = net.traced(variables, x)
+    plan, exact = traced.plan, exact_calls(traced) if self.exact_readout else ()
+    label = lambda calls: (
+        'exact gradient (readout)' if calls and all(c in exact for c in calls)
+        else self.name)
+    calls = {}
+    for step, _ in plan.walk():
+      if step.how in ('unit', 'contact'):
+        leaves = (leaf for v in step.params.values() for leaf in v.leaves)
+        for name in {step.name, *leaves}:
+          calls.setdefault(name, []).append((step.name, step.index))
     units = net.survey(variables, x).units
-    trained = {}
-    for name, info in units.infos.items():
-      if info.kind == base.BOUNDARY:
-        continue  # Noise passes it as if it were not there.
-      exact = self.exact_readout and info.is_output
-      trained[name] = 'exact gradient (readout)' if exact else self.name
-    return trained | {p: self.name for p in units.exact}
+    # Noise passes a boundary as if it were not there.
+    return {name: label(calls.get(name)) for name in (*units, *units.exact)
+            if name not in units or units[name].info.kind != base.BOUNDARY}
 
-  def predict(self, net: linen.Network) -> Callable[..., Any]:
+  def predict(self, net: network.Network) -> Callable[..., Any]:
     """`(variables, x) -> output` in evaluation mode."""
     return net.apply
 
-  def bind(self, net: linen.Network) -> Callable[..., Any]:
+  def bind(self, net: network.Network) -> Callable[..., Any]:
     """Raises: no function's reverse derivative is this rule."""
     raise ValueError(
         f'`bind` needs a rule that is linear in the error, and `{self.name}` '
         'perturbs the forward pass; use `rule.value_and_grad(net, loss)`.')
 
   def value_and_grad(
-      self, net: linen.Network, loss: base.Loss, *,
+      self, net: network.Network, loss: base.Loss, *,
       reduction: str | Mapping[str, str] = 'mean') -> Callable[..., Any]:
     """As `bpjax.credit.Rule.value_and_grad`; `learn` needs a `key` here."""
     reduction_lib.check(reduction)
@@ -125,6 +127,7 @@ class Rule(feedback_lib.NoFeedback):
       value, aux, grads, count, _ = self.differentiate(
           net, variables, x, key, Whole(loss, y))
       grads, = reduction_lib.apply(reduction, (grads,), count)
+      aux = aux._replace(feedback=feedback)
       return (value, aux), (grads, jax.tree.map(jnp.zeros_like, feedback))
 
     return learn
@@ -149,80 +152,75 @@ class Rule(feedback_lib.NoFeedback):
       variables: its variables.
       x: its input.
       key: a random key.
-      judge: what counts as a change, and for which module; such as `Whole`.
+      judge: what counts as a change, and for which output; such as `Whole`.
 
     Returns:
       value, aux, the summed updates, the number of losses, and the teaching
       signals (a collection: the perturbation times the change of the loss at
-      every module's output).
+      every perturbed output).
     """
     if key is None:
       raise ValueError(
           f'`key` is needed: rule `{self.name}` draws its directions; pass '
           '`key=jax.random.key(...)`.')
-    survey = net.survey(variables, x)
-    self.check(survey)
+    self.check(net.survey(variables, x))
+    if self.noise:
+      self._check_examples(net, variables, x, judge)
     if self.noise == 'independent':
       return self._by_example(net, variables, x, key, judge)
     model_key, direction_key = credit.split(key)
-    plan = Plan(self, net, survey, variables, x, model_key)
-    params = variables['params']
+    plan = Plan(self, net, variables, x, model_key, judge)
 
-    def forward(params, noise, net=net):
-      output, outputs, state, active = plan.run(params, noise, net)
-      return (judge.measure(output), outputs), (output, state, active)
-
-    def perturbed_forward(noise, perturbed):
-      # Reverse derivatives, cut off at the barriers, see each module's own
-      # parameters; forward ones see the noise and the perturbed parameters.
-      (measured, _), pull, aux = jax.vjp(
-          lambda p: forward({**p, **perturbed}, noise), plan.flat(params),
-          has_aux=True)
-      return measured, (measured, pull, aux)
+    def forward(noise, perturbed, net=net):
+      output, *aux = plan.run(perturbed, noise, net)
+      return judge.measure(output), (output, *aux)
 
     if self.epsilon:
-      measured, (_, pull, aux) = perturbed_forward(plan.noise, plan.perturbed)
+      measured, aux = forward(plan.noise, plan.perturbed)
       still = judge.held(net, measured)
-      moved = lambda n, p: forward(
-          {**plan.flat(params), **p}, n, still)[0][0]
-      push = self._differences(moved, measured, plan, judge)
+      change = self._differences(
+          lambda *moved: forward(*moved, still)[0], measured, plan, judge)
     else:
-      measured, push, (_, pull, aux) = jax.linearize(
-          perturbed_forward, plan.noise, plan.perturbed, has_aux=True)
-    *aux, active = aux
+      measured, push, aux = plan.linearize(forward)
+      change = lambda u, v: judge.locate(push(u, v))
+    output, state, active = aux
     losses, error = judge.settle(measured)
-    change = push if self.epsilon else lambda u, v: judge.locate(push(u, v))
 
-    def sample(directions):
+    # A pass of its own: in a loop, the derivative of a derivative loses those
+    # that functions bring along. XLA makes one of what both passes compute.
+    def local(params):
+      output, outputs = plan.pulled(params)
+      return outputs, judge.measure(output) if self.exact_readout else None
+
+    _, pull = jax.vjp(local, {
+        k: p for k, p in plan.params.items() if k not in plan.perturbed})
+
+    def teach(directions):
       u, v = directions
       u = plan.where_active(u, active)
-      teaching, grads = judge.teach(plan, u, v, change(u, v))
-      pulled, = pull((jax.tree.map(jnp.zeros_like, measured), teaching))
-      return {**pulled, **grads}, teaching
+      return judge.teach(plan, u, v, change(u, v))
+
+    def update(taught):
+      teaching, own = taught
+      pulled, = pull((teaching, error if self.exact_readout else None))
+      return plan.tree({**pulled, **own}), teaching
 
     if self.samples == 1:
-      grads, teaching = sample(plan.draw(direction_key, judge))
+      grads, teaching = update(teach(plan.draw(direction_key)))
     elif self.loop:
       grads, teaching = self._in_turn(
-          sample, plan, direction_key, judge)
+          lambda directions: update(teach(directions)), plan, direction_key)
     else:
-      grads, teaching = jax.tree.map(
-          lambda g: jnp.mean(g, axis=0),
-          jax.vmap(sample)(plan.draw(direction_key, judge)))
-    if self.exact_readout:
-      nothing = jax.tree.map(jnp.zeros_like, plan.noise)
-      exact, = pull((error, nothing))
-      exact, = plan.masked((exact,))
-      grads = {k: exact[k] if plan.is_readout(k) else g
-               for k, g in grads.items()}
-    grads = jax.tree.unflatten(
-        jax.tree.structure(params), [grads[k] for k in plan.names])
-    return jnp.mean(losses), base.Aux(*aux), grads, losses.size, teaching
+      grads, teaching = update(jax.tree.map(
+          lambda t: jnp.mean(t, axis=0),
+          jax.vmap(teach)(plan.draw(direction_key))))
+    return (jnp.mean(losses), base.Aux(output, state), grads, losses.size,
+            teaching)
 
-  def _in_turn(self, sample, plan, key, judge):
+  def _in_turn(self, sample, plan, key):
     """The mean of the samples, of which one is held at a time."""
     if self.orthogonal:  # They have to be known together.
-      items, draw = plan.draw(key, judge), lambda directions: directions
+      items, draw = plan.draw(key), lambda directions: directions
     else:
       items, draw = jax.random.split(key, self.samples), plan.draw_one
     at = lambda i: sample(draw(jax.tree.map(lambda a: a[i], items)))
@@ -230,6 +228,19 @@ class Rule(feedback_lib.NoFeedback):
         1, self.samples, lambda i, total: jax.tree.map(jnp.add, total, at(i)),
         at(0))
     return jax.tree.map(lambda g: g / self.samples, total)
+
+  def _check_examples(self, net, variables, x, judge):
+    """Raises unless no example has a part in the loss of another."""
+    traced = net.traced(variables, x)
+    inputs = _found(net, traced, judge, differences=True).inputs
+    first = len(inputs) - 1 - len(jax.tree.leaves(x))  # The key is last.
+    for reached in inputs[first:-1]:
+      digit = _examples(reached)
+      if reached and (digit is None or digit[1] != (0, 1)):
+        raise ValueError(
+            "`noise` must be None where an example's loss depends on the others' "
+            'inputs, through an operation of the model or of the loss (or one '
+            f'that cannot be followed), got {self.noise!r}.')
 
   def _by_example(self, net, variables, x, key, judge):
     """`differentiate` with each example as a batch, whose noise is its own."""
@@ -269,144 +280,181 @@ class Rule(feedback_lib.NoFeedback):
     return push
 
 
-class Whole:
-  """The loss of the model's output: how much each example's changes.
+class Whole(located.Judge):
+  """The loss of the model's output: how much each example's changes."""
 
-  Another judge has the same methods (`bpjax.local`).
-  """
-
-  def __init__(self, loss, y):
+  def __init__(self, loss: base.Loss, y: Any):
+    super().__init__()
     self._loss, self.y = loss, y
 
   def of(self, y: Any) -> Whole:
     """The same for other labels."""
     return Whole(self._loss, y)
 
+  def of_output(self, measured: Any) -> base.Array:
+    return self._loss(measured['output'], self.y)
+
   def measure(self, output: Any) -> Any:
-    """What is differentiated: here the losses."""
-    losses = self._loss(output, self.y)
-    reduction_lib.check_losses(losses, output)
-    return losses
+    return {'blocks': {}, 'output': output}
 
   def settle(self, measured: Any) -> tuple[base.Array, Any]:
-    """The losses of the output, and the error of what is measured."""
-    return measured, jnp.ones_like(measured)
-
-  def locate(self, change: Any) -> Any:
-    """The losses' change, from the derivative of what is measured."""
-    return change
-
-  def held(self, net: Any, measured: Any) -> Any:
-    """The network that differences are taken of: no stop inside, so the same."""
-    del measured
-    return net
-
-  def compare(self, here: Any, there: Any) -> Any:
-    """The losses at another place than the one measured."""
-    del here
-    return there
-
-  def teach(self, plan: Plan, u: Any, v: Any, change: Any) -> tuple[Any, Any]:
-    """The perturbation of each module times its change, and that of weights."""
-    change = jnp.sum(change.reshape(change.shape[0], -1), axis=1)
-    total = jnp.sum(change)
-    return plan.teaching(u, change), {
-        k: total.astype(t.dtype) * t for k, t in v.items()}
-
-  def group(self, plan: Plan, kind: str, name: str) -> Any:
-    """What is the same for directions that one loss hears of together."""
-    del plan, name
-    return kind
+    losses, pull = jax.vjp(self.of_output, measured)
+    reduction_lib.check_losses(losses, measured['output'])
+    self.errors, = pull(jnp.ones_like(losses))
+    return losses, self.errors
 
 
 class Plan:
-  """Which module and which parameter is perturbed, for one shape of input.
+  """Which outputs and which parameters are perturbed, for one shape of input.
 
-  `noise` holds a zero for each perturbed output, in a Flax collection: each
-  module reads its own and leaves its output in its place, so that the returned
-  collection has the same structure.
+  Attributes:
+    params: the parameters, by path.
+    noise: a zero for each perturbed output, nested as their places; in a loop
+      with an axis for the turns in front.
+    perturbed: the parameters that are perturbed themselves, by path.
+    reached: for each leaf of the two: loss -> its axes, in digits of the leaf.
   """
 
-  def __init__(self, rule, net, survey, variables, x, key):
+  def __init__(self, rule, net, variables, x, key, judge):
     self._rule, self._net, self._x, self._key = rule, net, x, key
-    self._state = {c: v for c, v in variables.items() if c != 'params'}
-    self.params = variables['params']
-    self._units = tuple(survey.units)
-    self._readout = next(
-        (n for n, i in survey.units.infos.items() if i.is_output), None)
-    self._coupled = bool(survey.batch_coupled)
-    self._owners, self._behind = set(), set()
-    batch = jax.tree.leaves(x)[0].shape[0]
-    shapes = self._noise_shapes(x)
-    larger = self._noise_shapes(jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct((batch + 1, *a.shape[1:]), a.dtype), x))
-    self._batch_axes = jax.tree.map(
-        lambda a, b: next(
-            (i for i, sizes in enumerate(zip(a.shape, b.shape))
-             if sizes == (batch, batch + 1)), -1), shapes, larger)
-    checks.check_calls(survey, shapes)
-    self.noise = jax.tree.map(credit.zeros_like_output, shapes)
-    self.names = paths.leaf_names(self.params)
-    # What no perturbed output can teach is perturbed itself.
+    self._state = {
+        c: v for c, v in variables.items()
+        if c not in ('params', *base.COLLECTIONS)}
+    self._tree = jax.tree.structure(variables['params'])
+    names = paths.leaf_names(variables['params'])
+    self.params = dict(zip(names, jax.tree.leaves(variables['params'])))
+    traced = net.traced(variables, x)
+    found = _found(net, traced, judge, bool(rule.epsilon))
+    self._entries = traced.entries
+    self._exact = exact_calls(traced) if rule.exact_readout else set()
+    taught, noise, reached = set(), {}, {}
+    for step, around in traced.plan.walk():
+      if step.how not in ('unit', 'contact'):
+        continue
+      call = step.name, step.index
+      if call in self._exact or not found.places.get(call) or (
+          not step.out.aval.size):
+        continue
+      taught.update(leaf for v in step.params.values() for leaf in v.leaves)
+      name = f'{step.name}/call_{step.index}'.removeprefix('/')
+      noise[name] = credit.zeros_like_output(_stacked(step.out.aval, [
+          s.eqn.params['length'] for s in around if s.how == 'scan']))
+      reached[f'0/{name}'] = found.places[call]
+    if rule.perturb == 'weight':
+      noise = {}
+    else:  # Parameters that no perturbed output can teach.
+      taught = set()
+    self.noise = paths.nest(noise)
     self.perturbed = {
-        k: p for k, p in self.flat(self.params).items()
-        if not self.is_readout(k) and (
-            rule.perturb == 'weight'
-            or not any(_inside(k, owner) for owner in self._owners))}
+        k: p for k, p in self.params.items()
+        if k in taught | found.bare and jnp.issubdtype(p.dtype, jnp.inexact)}
+    reached |= {f'1/{k}': r for k, r in zip(names, found.inputs)}
+    ours = [reached[name] for name in paths.leaf_names(
+        (self.noise, self.perturbed))]
+    self.reached = [
+        {k: axes for k, axes in r.items() if isinstance(k, str)} for r in ours]
+    # Names of functions that only have a derivative in reverse.
+    self._custom = {k[1] for r in ours for k in r if not isinstance(k, str)}
+    self._check()
 
-  def flat(self, params):
-    return dict(zip(self.names, jax.tree.leaves(params)))
+  def _check(self):
+    """Raises a ValueError for noise that has no derivative to learn from."""
+    custom = self._custom - {unit_lib.GAIN}
+    if custom and not self._rule.epsilon:
+      raise ValueError(
+          f'rule `{self._rule.name}` needs a forward derivative, and the model '
+          f'calls {", ".join(f"`{name}`" for name in sorted(custom))}, which '
+          'has one in reverse alone (`jax.custom_vjp`); write it with '
+          '`jax.custom_jvp`, or use finite differences, `epsilon=1e-3`.')
+    for tree in (self.noise, self.perturbed):
+      for name, leaf in zip(paths.leaf_names(tree), jax.tree.leaves(tree)):
+        if jnp.iscomplexobj(leaf):
+          raise ValueError(
+              f'rule `{self._rule.name}` needs real numbers, got {leaf.dtype} '
+              f'at `{name}`; keep real and imaginary parts in parameters of '
+              'their own.')
 
-  def is_readout(self, name):
-    """Whether a module or parameter keeps its exact gradient."""
-    if not self._rule.exact_readout or self._readout is None:
-      return False
-    return any(_inside(name, m) for m in (self._readout, *self._behind))
+  def linearize(self, forward):
+    """`jax.linearize` of a function of what is perturbed; its aux is last."""
 
-  def run(self, params, noise, net=None):
-    """The model's output, each perturbed output, the state, what is active."""
+    def without_messages(*moved):  # Those of a gain that it leaves out.
+      measured, _, aux = jax.vjp(forward, *moved, has_aux=True)
+      return measured, aux
+
+    return jax.linearize(
+        without_messages if self._custom else forward, self.noise,
+        self.perturbed, has_aux=True)
+
+  def run(self, perturbed, noise, net):
+    """The model's output, its state, and what is active."""
+
+    def visit(call):
+      out, zero = call.original(), call.read(base.NOISE, 'call')
+      return out if zero is None else _perturbed(out, zero)
+
+    output, collections = self._ran(
+        net, {**self.params, **perturbed}, visit, [*self._state, base.ACTIVE],
+        noise)
+    state = {c: collections[c] for c in self._state}
+    return output, state, collections[base.ACTIVE]
+
+  def pulled(self, params):
+    """The model's output, and each perturbed one, as functions of parameters.
+
+    Behind each perturbed output there is a barrier: derivatives are those of
+    each place on its own, and of the readout.
+    """
+    noise = dict(zip(
+        paths.leaf_names(self.noise), jax.tree.leaves(self.noise)))
 
     def visit(call):
       out = call.original()
-      if call.name not in self._owners or self.is_readout(call.name):
-        return out
-      zero = call.read('noise', 'call')
-      if zero is None:  # Weights are perturbed, and their updates need no VJP.
-        return out
-      call.write('noise', out, 'call')
-      return _perturbed(_barrier(out), zero)
+      if f'{call.name}/call_{call.index}'.removeprefix('/') in noise:
+        call.write(base.NOISE, out, 'call')
+        return jax.lax.stop_gradient(out)
+      if (call.name, call.index) in self._exact and self._rule.mask:
+        still = jax.lax.stop_gradient(out)
+        return still + self._mask(call.name, out - still)
+      return out
 
-    params = jax.tree.unflatten(
-        jax.tree.structure(self.params), [params[k] for k in self.names])
-    output, variables = (net or self._net).run(
-        {'params': params, 'noise': noise, **self._state}, self._x, visit,
-        self._key, [*self._state, 'noise', base.ACTIVE], owners=True)
-    state = {c: variables[c] for c in self._state}
-    active = variables.get(base.ACTIVE, {})
-    return output, variables.get('noise', {}), state, active
+    output, collections = self._ran(
+        self._net, {**self.params, **params}, visit, [base.NOISE])
+    return output, collections[base.NOISE]
+
+  def _ran(self, net, params, visit, mutable, noise=None):
+    params = jax.tree.unflatten(self._tree, [params[k] for k in self.params])
+    variables = {'params': params, **self._state, base.NOISE: noise or {}}
+    return net.run(variables, self._x, visit, self._key, mutable, owners=True)
+
+  def tree(self, updates):
+    """Updates by path, nested as the parameters; of whole numbers, zeros."""
+    return jax.tree.unflatten(self._tree, [
+        jnp.zeros_like(p) if updates[k].dtype == jax.dtypes.float0
+        else updates[k] for k, p in self.params.items()])
 
   def where_active(self, u, active):
     """The noise `u` with 0 where a rectifier is known to send none of it on."""
-    calls = collections.Counter(
-        name.rpartition('/')[0] for name in paths.leaf_names(u))
+    active = dict(zip(paths.leaf_names(active), jax.tree.leaves(active)))
+    count = lambda names: collections.Counter(
+        name.rpartition('/')[0] for name in names)
+    calls, known = count(paths.leaf_names(u)), count(active)
 
     def apply(name, leaf):
-      owner, _, call = name.rpartition('/')
-      known = paths.subtree(active, f'{owner}_{base.ACTIVE}')
-      if known is None or len(known) != calls[owner]:
+      owner = name.rpartition('/')[0]
+      if name not in active or known[owner] != calls[owner]:
         return leaf
-      known = known[int(call.rpartition('_')[2])]
-      return jnp.where(known, leaf, 0) if known.shape == leaf.shape else leaf
+      on = active[name]
+      return jnp.where(on, leaf, 0) if on.shape == leaf.shape else leaf
 
     return paths.map_with_name(apply, u) if active else u
 
-  def draw(self, key, judge):
+  def draw(self, key):
     """Tangents for the noise and the perturbed parameters.
 
     More samples than one are on a new first axis.
     """
     if self._rule.orthogonal:
-      return self._draw_orthogonal(key, judge)
+      return self._draw_orthogonal(key)
     if self._rule.samples == 1:
       return self.draw_one(key)
     return jax.vmap(self.draw_one)(
@@ -420,58 +468,48 @@ class Plan:
     leaves, structure = jax.tree.flatten((self.noise, self.perturbed))
     u, v = jax.tree.unflatten(structure, self._rule.directions(key, leaves))
     if self._rule.noise == 'shared':
-      u = jax.tree.map(_as_the_first, u, self._batch_axes)
+      u = jax.tree.unflatten(jax.tree.structure(u), [
+          _as_the_first(leaf, _examples(reached))
+          for leaf, reached in zip(jax.tree.leaves(u), self.reached)])
     return u, v
 
-  def _draw_orthogonal(self, key, judge):
+  def _draw_orthogonal(self, key):
     """Directions at right angles, example by example and loss by loss."""
     tree = (self.noise, self.perturbed)
     drawn = jax.vmap(self._drawn)(jax.random.split(key, self._rule.samples))
     names = paths.leaf_names(tree)
-    axes = [*jax.tree.leaves(self._batch_axes), *[-1] * len(self.perturbed)]
+    axes = [_example_axis(leaf, reached) for leaf, reached in zip(
+        jax.tree.leaves(tree), self.reached)]
     groups = {}
     for i, (name, axis) in enumerate(zip(names, axes)):
-      place, _, name = name.partition('/')
-      kind = 'weight' if place == '1' else 'shared' if axis < 0 else 'example'
-      group = (kind, judge.group(self, kind, name))
-      groups.setdefault(group, []).append(i)
-    leaves = jax.tree.leaves(drawn)
+      kind = 'example' if axis is not None else 'shared'
+      kind = 'weight' if name.startswith('1/') else kind
+      groups.setdefault((kind, tuple(self.reached[i])), []).append(i)
+    leaves, last = jax.tree.leaves(drawn), None
     for (kind, _), members in groups.items():
       own = [(leaves[i], axes[i] if kind == 'example' else None)
              for i in members]
-      for i, leaf in zip(members, _orthogonal(own)):
+      turned, last = _orthogonal(own, last)
+      for i, leaf in zip(members, turned):
         leaves[i] = leaf
     drawn = jax.tree.unflatten(jax.tree.structure(tree), leaves)
     if self._rule.samples > 1:
       return jax.vmap(self.masked)(drawn)
     return self.masked(jax.tree.map(lambda leaf: leaf[0], drawn))
 
-  def masked(self, trees):
-    """Trees named by units, with 0 for the neurons that do not learn."""
-    return tuple(map(self._masked, trees))
-
-  def _masked(self, tree):
+  def masked(self, directions):
+    """Directions with 0 for the neurons that do not learn."""
     if self._rule.mask is None:
-      return tree
+      return directions
+    u, v = directions
+    u = paths.map_with_name(
+        lambda name, leaf: self._mask(name.rpartition('/')[0], leaf), u)
+    owners = {leaf: name for name, e in self._entries.items()
+              for leaf in (*e.principal, *e.others, *e.biases)}
+    return u, {k: self._mask(owners.get(k), leaf) for k, leaf in v.items()}
 
-    def apply(name, leaf):
-      owner = next((u for u in self._units if name.startswith(u + '/')), None)
-      return leaf if owner is None else self._rule.mask.apply(owner, leaf)
-
-    return paths.map_with_name(apply, tree)
-
-  def teaching(self, u, change):
-    """The perturbation times the change of loss: of its example, or of all."""
-    total = jnp.sum(change)
-
-    def multiply(u, axis):
-      if axis < 0 or self._coupled:
-        return self.product(u, total)
-      shape = [1] * u.ndim
-      shape[axis] = -1
-      return self.product(u, change.reshape(shape))
-
-    return jax.tree.map(multiply, u, self._batch_axes)
+  def _mask(self, unit, leaf):
+    return self._rule.mask.apply(unit, leaf) if unit in self._entries else leaf
 
   def product(self, u, change):
     """`u * change`, which broadcasts to `u`."""
@@ -482,45 +520,62 @@ class Plan:
     # the signs of a step, be written out at its start; a choice is made late.
     return jnp.where(u > 0, change, jnp.where(u < 0, -change, 0))
 
-  def _noise_shapes(self, x):
-    """The shape of every output to perturb; notes the modules seen."""
-    before = []
 
-    def visit(call):
-      out = call.original()
-      if hasattr(out, 'dtype') and jnp.issubdtype(out.dtype, jnp.inexact):
-        if any(map(self.is_readout, before)):
-          self._behind.add(call.name)  # A norm of the readout's output, say.
-        before.append(call.name)
-        self._owners.add(call.name)
-        if self._rule.perturb == 'activity' and not self.is_readout(call.name):
-          call.write('noise', jnp.zeros_like(out), 'call')
-      return out
-
-    def trace(params, state, x, key):
-      return self._net.run(
-          {'params': params, **state}, x, visit, key, [*state, 'noise'],
-          owners=True)[1].get('noise', {})
-
-    return jax.eval_shape(trace, self.params, self._state, x, self._key)
+def exact_calls(traced: Any) -> set[tuple[str, int]]:
+  """The calls of readouts, and of what lies between them and the output."""
+  return traced.flow.behind | {
+      (step.name, step.index) for step, _ in traced.plan.walk()
+      if step.how == 'unit' and step.name in traced.flow.readouts}
 
 
-def _as_the_first(u, axis):
+def _found(net, traced, judge, differences):
+  """Which losses the places and parameters of a network reach."""
+  outs = judge.seeds(traced.output, differences)
+  outs += [{}] * (len(traced.plan.jaxpr.outvars) - len(outs))
+  return reach_lib.follow(
+      traced.plan, outs, net.cuts, judge.blocks(), values=differences)
+
+
+def _stacked(aval, lengths):
+  """The shape of an array in a loop, with the turns in front."""
+  place = _explicit(aval)
+  if place is not None:
+    place = place.update(spec=(*(None for _ in lengths), *place.spec))
+  return jax.ShapeDtypeStruct(
+      (*lengths, *aval.shape), aval.dtype, sharding=place)
+
+
+def _examples(reached):
+  """The one digit (size, (axis, stride)) that counts examples, or None."""
+  digits = {axes[0] for axes in reached.values() if axes}
+  (first, *more), = digits if len(digits) == 1 else [(None,)]
+  return None if more or first is None or first[1] is None else first
+
+
+def _example_axis(leaf, reached):
+  """The axis of `leaf` that is that of examples, if there is one."""
+  n, (axis, _) = _examples(reached) or (0, (0, 0))
+  return axis if leaf.ndim and leaf.shape[axis] == n else None
+
+
+def _as_the_first(u, examples):
   """The noise of the first example for all of them."""
-  if axis < 0:
+  if examples is None:
     return u
-  return jnp.broadcast_to(jax.lax.slice_in_dim(u, 0, 1, axis=axis), u.shape)
+  n, (axis, stride) = examples
+  parts = u.reshape(
+      *u.shape[:axis], -1, n, stride, *u.shape[axis + 1:])
+  first = jax.lax.slice_in_dim(parts, 0, 1, axis=axis + 1)
+  return jnp.broadcast_to(first, parts.shape).reshape(u.shape)
 
 
-def _inside(name, module):
-  return module == '' or name == module or name.startswith(module + '/')
-
-
-def _orthogonal(leaves):
+def _orthogonal(leaves, last):
   """Samples at right angles, of length sqrt(dimension): E[u u^T] stays 1.
 
   `leaves` are pairs of an array [samples, ...] and the axis of examples that it
-  has after the first, or None; all together are one direction.
+  has after the first, or None; all together are one direction. It waits for
+  `last`, which the call before has returned: jaxlib hangs on CPUs where two
+  decompositions run at once.
   """
   rows = [
       leaf.reshape(len(leaf), 1, -1) if axis is None else
@@ -534,6 +589,7 @@ def _orthogonal(leaves):
     raise ValueError(
         f'`samples` must be at most {size}, the number of entries of one '
         f"direction, for directions='orthogonal', got {samples}.")
+  joined, _ = jax.lax.optimization_barrier((joined, last))
   q, r = jnp.linalg.qr(joined)
   # Signs as those of what was drawn: uniform over all rotations.
   signs = jnp.sign(jnp.diagonal(r, axis1=-2, axis2=-1))
@@ -548,16 +604,7 @@ def _orthogonal(leaves):
     else:
       moved = jnp.moveaxis(leaf, axis + 1, 1).shape
       result.append(jnp.moveaxis(part.reshape(moved), 1, axis + 1))
-  return result
-
-
-@jax.custom_vjp
-def _barrier(x: base.Array) -> base.Array:
-  """Passes tangents on, and lets no cotangent back."""
-  return x
-
-
-_barrier.defvjp(lambda x: (x, x), lambda x, _: (jnp.zeros_like(x),))
+  return result, r
 
 
 @jax.custom_jvp
@@ -617,6 +664,10 @@ def rademacher(key: base.Key, arrays: list[base.Array]) -> list[base.Array]:
 
 def sharding(x: base.Array) -> Any:
   """The mesh axes of `x` where they are explicit, else None."""
-  own = jax.typeof(x).sharding
+  return _explicit(jax.typeof(x))
+
+
+def _explicit(aval):
+  own = aval.sharding
   explicit = jax.sharding.AxisType.Explicit in own.mesh.axis_types
   return own if explicit else None

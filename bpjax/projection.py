@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import math
 
 from bpjax import base
+from bpjax import examples
 import jax
 import jax.numpy as jnp
 
@@ -27,7 +28,9 @@ def _layout(info):
   'whole': one projection of the whole error to the whole input; 'broadcast':
   the whole error to every position; 'each': position by position.
   """
-  shape = info.inputs[read_input(info)].shape
+  shape = jax.eval_shape(
+      lambda x: examples.first(x, _place(info)),
+      info.inputs[read_input(info)]).shape
   error = info.net_output.shape[1:]
   feature_axes = info.feature_axes if info.positionwise else 1
   positions = shape[1:len(shape) - feature_axes]
@@ -55,15 +58,23 @@ def project(
   """
   _, features, mode = _layout(info)
   if mode == 'each':
-    return _times(error, weights).astype(x.dtype)
-  message = _times(error.reshape(error.shape[0], -1), weights)
+    message = _times(error, weights)
+  else:
+    message = _times(error.reshape(error.shape[0], -1), weights)
   if mode == 'broadcast':
-    positions = x.shape[1:x.ndim - len(features)]
+    whole = jax.eval_shape(lambda x: examples.first(x, _place(info)), x).shape
+    positions = whole[1:len(whole) - len(features)]
     message = message.reshape(
         message.shape[0], *(1,) * len(positions), *features)
     message = message / math.sqrt(math.prod(positions))
-    message = jnp.broadcast_to(message, x.shape)
-  return message.astype(x.dtype)
+    message = jnp.broadcast_to(message, whole)
+  return examples.back(message.astype(x.dtype), x.shape, _place(info))
+
+
+def _place(info):
+  """Where the examples lie in the input that is read."""
+  given = info.given_examples
+  return given[read_input(info)] if given else None
 
 
 def _times(error, weights):

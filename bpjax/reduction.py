@@ -1,4 +1,4 @@
-"""From sums over examples to the updates that an optimiser sees."""
+"""From losses to sums over examples, and to what an optimiser sees."""
 
 from __future__ import annotations
 
@@ -25,12 +25,34 @@ def check(reduction: Reduction) -> None:
 
 def check_losses(losses: Any, output: Any) -> None:
   """Raises a ValueError unless there is a loss for every example."""
-  batch = jax.tree.leaves(output)[0].shape[:1]
-  if losses.ndim == 0 or losses.shape[:1] != batch:
+  batches = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(output)} - {()}
+  if losses.ndim == 0 or losses.shape[:1] not in batches:
+    sizes = ' or '.join(str(b) for b, in sorted(batches))
     raise ValueError(
         '`loss` must return one loss an example, [batch, ...], with batch = '
-        f'{batch[0] if batch else "none"}, got shape {losses.shape}; leave out '
-        'the mean.')
+        f'{sizes or "none"}, got shape {losses.shape}; leave out the mean.')
+
+
+def errors_together(errors: Any, batch: int) -> Any | None:
+  """The errors of all outputs, for a rule that projects one error.
+
+  Args:
+    errors: in the structure of the model's output, or shapes like it.
+    batch: the number of examples.
+
+  Returns:
+    The error of a model with one output as it is; else the entries of every
+    output that has a row an example, side by side, `[batch, ...]`; None if
+    none has.
+  """
+  leaves = jax.tree.leaves(errors)
+  if len(leaves) == 1:
+    return leaves[0]
+  rows = [e for e in leaves if e.ndim and e.shape[0] == batch
+          and jnp.issubdtype(e.dtype, jnp.inexact)]
+  if not rows:
+    return None
+  return jnp.concatenate([e.reshape(batch, -1) for e in rows], axis=1)
 
 
 def apply(reduction: Reduction, updates: Any, count: int) -> Any:

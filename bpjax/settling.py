@@ -18,12 +18,11 @@ from bpjax import base
 from bpjax import checks
 from bpjax import credit
 from bpjax import feedback as feedback_lib
-from bpjax import linen
 from bpjax import reduction as reduction_lib
+from bpjax.networks import network
 import jax
 import jax.numpy as jnp
 
-PARTICLES = 'particles'  # The collection of the states.
 _STATE, _ENERGY, _DRIVE = 'call', 'energy', 'drive'
 
 
@@ -51,18 +50,23 @@ class Rule(feedback_lib.NoFeedback):
   def init(self, key, net, variables, x) -> dict[str, Any]:
     """The rule's feedback: none, {}. Checks that it can train the network."""
     del key
-    self.check(net.survey(variables, x))
+    self.check(self.seen_by(net, variables, x).survey(variables, x))
     return {}
+
+  def seen_by(
+      self, net: network.Network, variables: Mapping[str, Any], x: Any
+  ) -> network.Network:
+    """The network whose units own their nonlinearity."""
+    return net.owning(
+        dict.fromkeys(net.survey(variables, x).units, 'shape'))
 
   def check(self, survey: Any) -> None:
     """Raises a ValueError for a network that the rule cannot train."""
-    checks.check_visible(survey)
     for module in survey.batch_coupled:
       raise ValueError(
           f'`{module}` normalises over the batch, which would couple the states '
           f'of its examples under rule `{self.name}`; use LayerNorm or '
           'GroupNorm.')
-    checks.check_lists(survey, PARTICLES, f'rule `{self.name}`')
     for unit in survey.blocked:
       raise ValueError(
           f'no force can reach unit `{unit}` under `{self.name}`: an activation '
@@ -72,7 +76,7 @@ class Rule(feedback_lib.NoFeedback):
 
   def units(self, net, variables, x) -> dict[str, str]:
     """Unit -> the rule that trains it; also the parameters without a unit."""
-    units = net.survey(variables, x).units
+    units = self.seen_by(net, variables, x).survey(variables, x).units
     trained = {
         name: self.name for name, info in units.infos.items()
         if info.kind != base.BOUNDARY}
@@ -80,16 +84,16 @@ class Rule(feedback_lib.NoFeedback):
 
   def infos(self, net, variables, x):
     """Unit -> what is known of it."""
-    return net.survey(variables, x).units.infos
+    return self.seen_by(net, variables, x).survey(variables, x).units.infos
 
-  def bind(self, net: linen.Network) -> Callable[..., Any]:
+  def bind(self, net: network.Network) -> Callable[..., Any]:
     """Raises: no function's reverse derivative is this rule."""
     raise ValueError(
         f'`bind` needs a rule that is linear in the error, and `{self.name}` '
         'lets the network settle; use `rule.value_and_grad(net, loss)`.')
 
   def particles(
-      self, net: linen.Network, variables: Mapping[str, Any], x: Any
+      self, net: network.Network, variables: Mapping[str, Any], x: Any
   ) -> base.Tree:
     """States to begin with, all 0: nested as `params` is, then by call.
 
@@ -102,15 +106,17 @@ class Rule(feedback_lib.NoFeedback):
       `{unit: {'call_0': [batch, ...]}}`, the collection `variables['particles']`
       of a rule that goes on from where the last free phase ended.
     """
+    net = self.seen_by(net, variables, x)
     self.check(net.survey(variables, x))
     return _System(self, net, variables, x, None).zeros()
 
-  def predict(self, net: linen.Network) -> Callable[..., Any]:
+  def predict(self, net: network.Network) -> Callable[..., Any]:
     """`(variables, x) -> output` at the end of a free phase from 0."""
 
     def predict(variables, x):
-      self.check(net.survey(variables, x))
-      system = _System(self, net, variables, x, None, train=False)
+      seen = self.seen_by(net, variables, x)
+      self.check(seen.survey(variables, x))
+      system = _System(self, seen, variables, x, None, train=False)
       states = system.settle(variables['params'], system.zeros(),
                              self.free_steps)
       return system.energy(variables['params'], states)[1][0]
@@ -118,7 +124,7 @@ class Rule(feedback_lib.NoFeedback):
     return predict
 
   def value_and_grad(
-      self, net: linen.Network, loss: base.Loss, *,
+      self, net: network.Network, loss: base.Loss, *,
       reduction: str | Mapping[str, str] = 'mean') -> Callable[..., Any]:
     """As `bpjax.credit.Rule.value_and_grad`.
 
@@ -131,6 +137,7 @@ class Rule(feedback_lib.NoFeedback):
       value, aux, grads, count, _ = self.differentiate(
           net, loss, variables, x, y, key)
       grads, = reduction_lib.apply(reduction, (grads,), count)
+      aux = aux._replace(feedback=feedback)
       return (value, aux), (grads, jax.tree.map(jnp.zeros_like, feedback))
 
     return learn
@@ -149,6 +156,7 @@ class Rule(feedback_lib.NoFeedback):
       value, aux, the summed updates, the number of losses, and the change of
       the states by the nudge (a collection), in place of teaching signals.
     """
+    net = self.seen_by(net, variables, x)
     self.check(net.survey(variables, x))
     key, own_key = credit.split(key)
     if self.nudge == 'random' and own_key is None:
@@ -157,7 +165,7 @@ class Rule(feedback_lib.NoFeedback):
           "pass `key=jax.random.key(...)`, or choose another `nudge`.")
     system = _System(self, net, variables, x, key)
     params = variables['params']
-    begin = variables.get(PARTICLES)
+    begin = variables.get(base.PARTICLES)
     free = system.settle(
         params, system.zeros() if begin is None else begin, self.free_steps)
     _, (output, state) = system.energy(params, free)
@@ -165,7 +173,7 @@ class Rule(feedback_lib.NoFeedback):
     reduction_lib.check_losses(losses, output)
     beta = self.beta
     if self.nudge == 'random':
-      beta = beta * jax.random.rademacher(own_key, (), output.dtype)
+      beta = beta * jax.random.rademacher(own_key, (), losses.dtype)
 
     def nudged(beta):
       cost = lambda output: beta * jnp.sum(loss(output, y))
@@ -178,7 +186,7 @@ class Rule(feedback_lib.NoFeedback):
     grads = jax.tree.map(
         lambda a, b: (a - b) / span, force(params, after), force(params, before))
     moved = jax.tree.map(lambda a, b: (b - a) / span, after, before)
-    aux = base.Aux(output, {**state, PARTICLES: free})
+    aux = base.Aux(output, {**state, base.PARTICLES: free})
     return jnp.mean(losses), aux, grads, losses.size, moved
 
 
@@ -192,7 +200,7 @@ class _System:
     self._survey = net.survey(variables, x)
     self._infos = self._survey.units.infos
     self._state = {
-        c: v for c, v in variables.items() if c not in ('params', PARTICLES)}
+        c: v for c, v in variables.items() if c not in ('params', base.PARTICLES)}
 
   def zeros(self):
     """States of 0, in the structure that the model's own scans need."""
@@ -201,12 +209,11 @@ class _System:
       if self._infos[call.name].kind == base.BOUNDARY:
         return call.original()
       pre, out = call.unit(call.params, call.inputs)
-      call.write(PARTICLES, jnp.zeros_like(pre), _STATE)
+      call.write(base.PARTICLES, jnp.zeros_like(pre), _STATE)
       return out
 
     shapes = jax.eval_shape(
-        lambda p: self._run(p, {}, visit)[1][PARTICLES], self._params)
-    checks.check_calls(self._survey, shapes)
+        lambda p: self._run(p, {}, visit)[1][base.PARTICLES], self._params)
     return jax.tree.map(credit.zeros_like_output, shapes)
 
   def energy(self, params, states):
@@ -216,18 +223,18 @@ class _System:
       info = self._infos[call.name]
       if info.kind == base.BOUNDARY:
         return call.original()
-      s = call.read(PARTICLES, _STATE)
+      s = call.read(base.PARTICLES, _STATE)
       out = s  # A state that is kept within [0, 1] is its own rate.
       if info.owns_activation:
         out = call.unit.activation(call.params, s, call.inputs)
-      drive = call.read(PARTICLES, _DRIVE)
+      drive = call.read(base.PARTICLES, _DRIVE)
       if drive is None:
         drive = call.unit.affine(call.params, call.inputs)
-      call.write(PARTICLES, jnp.sum(.5 * s**2) - jnp.sum(drive * out), _ENERGY)
+      call.write(base.PARTICLES, jnp.sum(.5 * s**2) - jnp.sum(drive * out), _ENERGY)
       return out
 
     output, collections = self._run(params, states, visit)
-    terms = collections.pop(PARTICLES)
+    terms = collections.pop(base.PARTICLES)
     named = jax.tree_util.tree_leaves_with_path(terms)
     total = sum(
         jnp.sum(term) for path, term in named
@@ -258,10 +265,10 @@ class _System:
         return call.original()
       if not info.sends:
         drive = call.unit.affine(call.params, call.inputs)
-        call.write(PARTICLES, drive, _DRIVE)
+        call.write(base.PARTICLES, drive, _DRIVE)
       return jnp.zeros(info.out.shape, info.out.dtype)
 
-    kept = self._run(params, states, visit)[1][PARTICLES]
+    kept = self._run(params, states, visit)[1][base.PARTICLES]
     return _only(kept, _DRIVE)
 
   def _move(self, path, state, force):
@@ -273,8 +280,8 @@ class _System:
 
   def _run(self, params, states, visit):
     return self._net.run(
-        {'params': params, PARTICLES: states, **self._state}, self._x, visit,
-        self._key, [*self._state, PARTICLES], train=self._train)
+        {'params': params, base.PARTICLES: states, **self._state}, self._x, visit,
+        self._key, [*self._state, base.PARTICLES], train=self._train)
 
 
 def _only(tree, kind):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from bpjax import linen
 from bpjax import losses
+from bpjax.networks import linen
 import flax.linen as nn
 import jax
 import jax.numpy as jnp

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 GAIN_TRANSPORTS = ('exact', 'feedback_diag')
+GAIN = '_gain'  # Name of the function whose message leaves a gain out.
 BARE = 'value'  # Name of the variable that holds a collection's bare array.
 
 
@@ -77,6 +78,29 @@ class PureUnit:
         None if a is None else a + b for a, b in zip(sent, delta.inputs))
 
 
+class Bound:
+  """A unit with its parameters and activations. See `base.BoundUnit`."""
+
+  def __init__(
+      self, unit: PureUnit, params: base.Tree, activations: base.Activations):
+    self._unit, self._activations = unit, activations
+    self.info, self.params, self.affine = unit.info, params, unit.affine
+    self.inputs, self.pre, self.out = activations
+
+  def delta(self, teaching):
+    return self._unit.delta(self.params, self._activations, teaching)
+
+  def grad(self, delta):
+    return self._unit.params_vjp(self.params, self._activations, delta)
+
+  def send(self, delta, weights):
+    return self._unit.inputs_vjp(
+        self.params, weights, self._activations, delta)
+
+  def activation(self, pre):
+    return self._unit.activation(self.params, pre, self.inputs)
+
+
 class Boundary(PureUnit):
   """The output of a module as a unit: the identity, without parameters."""
   owns_activation = False
@@ -106,21 +130,12 @@ def check_boundary(module: str, out: Any) -> None:
         f'got {type(out).__name__}; name a module inside or around it.')
 
 
-def check_block(name: str, out: Any, before: Any, lists: bool) -> None:
-  """Raises a ValueError unless a block puts out one array, once, and keeps it."""
-  if not lists:
-    raise ValueError(
-        f'block `{name}` is inside an `nn.scan` (or another lifted transform), '
-        'which hides what it puts out; call the layers in a Python loop, or name '
-        'the module around them.')
+def check_block(name: str, out: Any) -> None:
+  """Raises a ValueError unless a block puts out one array of floats."""
   if not (_is_array(out) and jnp.issubdtype(out.dtype, jnp.inexact)):
     raise ValueError(
         f'block `{name}` must return one array of floats, got '
         f'{type(out).__name__}; name a module inside or around it.')
-  if before is not None:
-    raise ValueError(
-        f'block `{name}` must be called once in a forward pass, got a second '
-        'call; give each call a module of its own, or name one around both.')
 
 
 def detached(tree: Any) -> Any:
@@ -128,11 +143,6 @@ def detached(tree: Any) -> Any:
   return jax.tree.map(
       lambda leaf: jax.lax.stop_gradient(leaf) if _is_array(leaf) else leaf,
       tree)
-
-
-def as_inputs(x: Any) -> tuple[Any, ...]:
-  """The model's positional inputs: `x` itself, or the tuple that it is."""
-  return x if isinstance(x, tuple) else (x,)
 
 
 def take_apart(

@@ -1,4 +1,4 @@
-"""A network as `bpjax.local` sees it: cut into blocks, which put out as well."""
+"""A network as `bpjax.local` sees it: cut into blocks, each with an output."""
 
 from __future__ import annotations
 
@@ -9,24 +9,27 @@ from typing import Any
 
 from bpjax import base
 from bpjax import paths
-from bpjax import survey as survey_lib
+from bpjax.networks import flow as flow_lib
+from bpjax.networks import network
 import jax
 
-OUTPUT = 'output'  # In place of a block, for what follows the last one.
+OUTPUT = 'output'  # Beside the outputs of 'blocks', that of the model.
+LAST = ''  # In place of a block, for what follows the last one.
 Blocks = Sequence[str] | Callable[[Any], bool]
 
 
-class View(survey_lib.Network):
+class View(network.Network):
   """A network whose output is `{'blocks': {block: array}, 'output': output}`.
 
   Attributes:
     names: the paths of the blocks, in the order in which they end; known once
       the network has been surveyed.
     outputs: block -> shape and dtype of what it puts out.
+    cuts: where gradients stop.
   """
 
   def __init__(
-      self, net: survey_lib.Network, blocks: Blocks,
+      self, net: network.Network, blocks: Blocks,
       stops: Callable[[int, int], bool], enters: Sequence[str],
       error: Callable[[str, Sequence[str], Any, Any], Any]):
     """A view.
@@ -40,33 +43,41 @@ class View(survey_lib.Network):
         the ports of its units read; None for a block without a loss.
     """
     super().__init__(net.boundaries)
-    self._net, self._blocks, self._stops = net, blocks, stops
-    self._enters, self._error = tuple(enters), error
-    self.names, self.outputs, self._order = None, {}, ()
-    self._given = {}
+    self._net, self._stops, self._error = net, stops, error
+    self._marks = _Marks(blocks, tuple(enters))
+    self.names, self.outputs, self.cuts = None, {}, None
 
   def run(
       self, variables: Mapping[str, Any], x: Any, visit: Callable[[Any], Any],
       key: base.Key | None, mutable: Sequence[str], owners: bool = False,
-      watch: Callable[[str], None] | None = None, cuts: Any = None
-  ) -> tuple[Any, dict[str, Any]]:
+      cuts: Any = None, train: bool = True) -> tuple[Any, dict[str, Any]]:
     """As the network's `run`; the outputs of blocks are part of the output."""
-    if cuts is None:
-      count = len(self.names)
-      cuts = _Cuts(
-          {n: self._stops(i, count) for i, n in enumerate(self.names)},
-          self._enters, self._given)
-    mutable = [*dict.fromkeys([*mutable, 'blocks'])]
     output, collections = self._net.run(
-        variables, x, visit, key, mutable, owners, watch, cuts)
-    kept = collections.pop('blocks', {})
-    outputs = {n: paths.subtree(kept, n)['output'] for n in cuts.order}
+        variables, x, visit, key, [*mutable, base.BLOCKS], owners=owners,
+        cuts=cuts or self.cuts, train=train)
+    kept = collections.pop(base.BLOCKS)
+    outputs = {n: paths.subtree(kept, n)['output'] for n in self.names}
     return {'blocks': outputs, OUTPUT: output}, collections
+
+  def traced(
+      self, variables: Mapping[str, Any], x: Any, has_key: bool = True,
+      train: bool = True, wants: Any = None) -> network.Traced:
+    """The network's trace, with marks at blocks and branches."""
+    return self._net.traced(
+        variables, x, has_key, train, wants or self._marks.wants)
+
+  def owning(self, own: Mapping[str, str]) -> View:
+    """As the network's `owning`."""
+    key = tuple(own.items())
+    if key not in self._owning:
+      self._owning[key] = view = copy.copy(self)
+      view._net, view._surveys = self._net.owning(own), {}  # pylint: disable=protected-access
+    return self._owning[key] if own else self
 
   def going_on_from(self, given: Mapping[str, base.Array]) -> View:
     """The view whose stops hand on these arrays, whatever blocks put out."""
     view = copy.copy(self)
-    view._given = given  # pylint: disable=protected-access
+    view.cuts = dataclasses.replace(self.cuts, given=given)
     return view
 
   def apply(self, variables: Mapping[str, Any], x: Any) -> Any:
@@ -74,14 +85,15 @@ class View(survey_lib.Network):
     return self._net.apply(variables, x)
 
   def _take(self, variables, x):
-    known = self._net.survey(variables, x)
-    self._find(variables, x, [
-        n for n, i in known.units.infos.items() if i.kind != base.BOUNDARY])
+    traced = self.traced(variables, x)
+    order = self._find(traced)
     survey = super()._take(variables, x)
-    units = survey.units
-    block_of = self._block_of(units, survey.output)
-    errors = {b: e for b, e in self._errors(survey.output).items() if e}
-    for name, unit in units.items():
+    errors = {
+        name: self._error(name, self.names, out, traced.output)
+        for name, out in self.outputs.items()}
+    errors[LAST] = traced.error
+    block_of = _blocks_of(order, errors)
+    for name, unit in survey.units.items():
       block = block_of[name]
       near = lambda other: block_of.get(other) == block  # pylint: disable=cell-var-from-loop
       info = unit.info
@@ -90,132 +102,139 @@ class View(survey_lib.Network):
           reads=tuple(r if near(r) else None for r in info.reads),
           readers=tuple(filter(near, info.readers)),
           outs={n: out for n, out in info.outs.items() if near(n)})
-    blocked = () if known.detached else tuple(
-        n for n in survey.used if not units[n].info.taught)
-    return dataclasses.replace(survey, blocked=blocked)
+    return dataclasses.replace(
+        survey, output={'blocks': self.outputs, OUTPUT: traced.output})
 
-  def _find(self, variables, x, units):
-    """The names of the blocks and the order of everything; checked."""
-    seen, order = {}, []
-    finder = _Finder(self._blocks, self._enters, seen, order)
-
-    def visit(call):
-      order.append(call.name)
-      return call.original()
-
-    def trace(variables, x):
-      state = [c for c in variables if c != 'params']
-      return self._net.run(
-          variables, x, visit, jax.random.key(0), [*state, *base.COLLECTIONS],
-          False, None, finder)[0]
-
-    jax.eval_shape(trace, dict(variables), x)
-    self.names = tuple(finder.order)
-    self._order = tuple(order)
-    _check(self._blocks, self._enters, self.names, seen, units, order)
-
-  def _errors(self, outputs):
-    errors = {
-        name: self._error(
-            name, self.names, outputs['blocks'][name], outputs[OUTPUT])
-        for name in self.names}
-    self.outputs = outputs['blocks']
-    return {**errors, OUTPUT: outputs[OUTPUT]}
-
-  def _block_of(self, units, outputs):
-    """Unit -> the first block with a loss that ends after it, or 'output'."""
-    errors = self._errors(outputs)
-    ends = [(i, item.name) for i, item in enumerate(self._order)
-            if isinstance(item, _End) and errors[item.name] is not None]
-    last = {item: i for i, item in enumerate(self._order)
-            if isinstance(item, str)}
-    return {
-        name: next((b for i, b in ends if i > last[name]), OUTPUT)
-        for name in units}
+  def _find(self, traced):
+    """Finds the blocks; returns units and ends of blocks in their order."""
+    order, outputs = [], {}
+    for step, around in traced.plan.walk():
+      kind, _, name = step.name.partition(':')
+      unit = flow_lib.visited(step)
+      if unit is not None:
+        order.append(unit)
+      elif step.how == 'mark' and f'{kind}:' == network.LEAVE:
+        _check_call(name, around, outputs)
+        order.append(_End(name))
+        outputs[name] = step.out.aval
+    self._marks.check(traced.notes.modules, outputs)
+    _check_units(order, traced.entries)
+    count = len(outputs)
+    self.names, self.outputs = tuple(outputs), {
+        name: jax.ShapeDtypeStruct(a.shape, a.dtype)
+        for name, a in outputs.items()}
+    self.cuts = _Cuts(self._marks, {
+        n: self._stops(i, count) for i, n in enumerate(self.names)})
+    return order
 
 
 @dataclasses.dataclass(frozen=True)
 class _End:
-  """In the order of the calls: the end of a block."""
+  """In the order of the units: the end of a block."""
   name: str
 
 
-class _Cuts:
-  """Where gradients stop, once the blocks are known."""
-
-  def __init__(self, stops, enters, given):
-    self._stops, self._enters, self._given = stops, enters, given
-    self.order = tuple(stops)
-
-  def enter(self, name):
-    return any(paths.is_module(glob, name) for glob in self._enters)
-
-  def leave(self, name, module):
-    del module
-    return self._stops.get(name)
-
-  def kept(self, name):
-    """Nothing to note: the order is known."""
-
-  def onward(self, name, out):
-    """What goes on from a stop."""
-    return jax.lax.stop_gradient(self._given.get(name, out))
+def _blocks_of(order, errors):
+  """Unit -> the first block with a loss that ends after it, or `LAST`."""
+  ends = [(i, item.name) for i, item in enumerate(order)
+          if isinstance(item, _End) and errors[item.name] is not None]
+  last = {item: i for i, item in enumerate(order) if isinstance(item, str)}
+  return {name: next((b for i, b in ends if i > end), LAST)
+          for name, end in last.items()}
 
 
-class _Finder(_Cuts):
-  """Finds the blocks: notes every module, and when blocks end."""
-
-  def __init__(self, blocks, enters, seen, events):
-    super().__init__({}, enters, {})
-    self._blocks, self._seen, self._events = blocks, seen, events
-    self.order = []
-
-  def leave(self, name, module):
-    if callable(self._blocks):
-      fits = 1 if self._blocks(module) else 0
-    else:
-      fits = sum(paths.is_module(glob, name) for glob in self._blocks)
-    self._seen[name] = fits
-    return False if fits else None
-
-  def kept(self, name):
-    self.order.append(name)
-    self._events.append(_End(name))
-
-
-def _check(blocks, enters, names, seen, units, order):
-  """Raises a ValueError for blocks that cannot each have a loss of their own."""
-  known = [name for name in seen if name]
-  for kind, globs in (('blocks', blocks), ('branches', enters)):
-    for glob in () if callable(globs) else globs:
-      called = names if kind == 'blocks' else seen
-      if not any(paths.is_module(glob, name) for name in called):
-        raise ValueError(
-            f'`{kind}` has the glob {glob!r}, which fits no module that the '
-            f'model calls; {paths.nearest(glob, known)}.')
-  if not names:
+def _check_call(name, around, before):
+  """Raises a ValueError for a block that a loop hides, or a second call."""
+  if any(step.how in ('scan', 'cond') for step in around):
     raise ValueError(
-        '`blocks` chooses no module that the model calls; return True for some '
-        f'of: {", ".join(known)}.')
-  for name in names:
-    inside = lambda other: other == name or other.startswith(name + '/')  # pylint: disable=cell-var-from-loop
-    if seen[name] > 1:
-      raise ValueError(
-          f'`blocks` names `{name}` {seen[name]} times, and a block has one '
-          'loss; leave one of the globs out.')
-    around = [other for other in names if other != name and inside(other)]
-    if around or not name:
-      raise ValueError(
-          f'`blocks` must not overlap, and `{name or "the model itself"}` holds '
-          f'{around or "everything"}; name modules beside each other.')
+        f'block `{name}` is inside a scan or a conditional, which hides what '
+        'it puts out; call the layers in a Python loop, or name the module '
+        'around them.')
+  if name in before:
+    raise ValueError(
+        f'block `{name}` must be called once in a forward pass, got a second '
+        'call; give each call a module of its own, or name one around both.')
+
+
+def _check_units(order, units):
+  """Raises a ValueError for a block whose loss would teach no unit."""
   before = []
   for item in order:
     if isinstance(item, str):
       before.append(item)
       continue
-    if not any(unit in before for unit in units):
+    if not any(name in units for name in before):
       raise ValueError(
           f'block `{item.name}` must have a trainable unit that its loss can '
           'teach, and there is none in it or between it and the block before; '
           f'the units are: {", ".join(units)}.')
     before = []
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Cuts:
+  """Where gradients stop; see `network.Network.run`."""
+  marks: _Marks
+  stops: Mapping[str, bool]
+  given: Mapping[str, base.Array] = dataclasses.field(default_factory=dict)
+
+  @property
+  def wants(self):
+    return self.marks.wants
+
+  def enter(self, name):
+    return self.marks.enters(name)
+
+  def leave(self, name):
+    return self.stops.get(name)
+
+  def onward(self, name, out):
+    """What goes on from a stop."""
+    return jax.lax.stop_gradient(self.given.get(name, out))
+
+
+class _Marks:
+  """Which modules are marked: blocks, and what reads its inputs detached."""
+
+  def __init__(self, blocks, enters):
+    self._blocks, self._enters = blocks, enters
+
+  def wants(self, kind, name, module):
+    if kind == network.LEAVE:
+      return bool(self._fits(name, module))
+    return kind == network.ENTER and self.enters(name)
+
+  def enters(self, name):
+    return any(paths.is_module(glob, name) for glob in self._enters)
+
+  def _fits(self, name, module=None):
+    if callable(self._blocks):
+      return int(self._blocks(module))
+    return sum(paths.is_module(glob, name) for glob in self._blocks)
+
+  def check(self, modules, names):
+    """Raises a ValueError for blocks that cannot each have a loss."""
+    known = [name for name in modules if name]
+    for kind, globs in (('blocks', self._blocks), ('branches', self._enters)):
+      for glob in () if callable(globs) else globs:
+        called = names if kind == 'blocks' else modules
+        if not any(paths.is_module(glob, name) for name in called):
+          raise ValueError(
+              f'`{kind}` has the glob {glob!r}, which fits no module that the '
+              f'model calls; {paths.nearest(glob, known)}.')
+    if not names:
+      raise ValueError(
+          '`blocks` chooses no module that the model calls; return True for '
+          f'some of: {", ".join(known)}.')
+    for name in names:
+      inside = lambda other: other == name or other.startswith(name + '/')  # pylint: disable=cell-var-from-loop
+      fits = 1 if callable(self._blocks) else self._fits(name)
+      if fits > 1:
+        raise ValueError(
+            f'`blocks` names `{name}` {fits} times, and a block has one loss; '
+            'leave one of the globs out.')
+      around = [other for other in names if other != name and inside(other)]
+      if around or not name:
+        raise ValueError(
+            f'`blocks` must not overlap, and `{name or "the model itself"}` '
+            f'holds {around or "everything"}; name modules beside each other.')

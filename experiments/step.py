@@ -236,7 +236,7 @@ class Learner:
         state.window.correct + jnp.sum(_correct(aux.output, labels)),
         state.window.steps + 1)
     feedback = self._mirrored_now(state, optimizer.merged(
-        trainable, learned['feedback'], state.feedback))
+        trainable, learned['feedback'], aux.feedback))
     state = TrainState(
         state.step + 1, learned['params'], feedback, opt_state,
         {c: aux.model_state.get(c, v) for c, v in state.model_state.items()},

@@ -295,6 +295,7 @@ class FeedbackTest(float64.Float64TestCase):
         below, hidden = hidden, jnp.tanh(pres[-1])
       error = jax.nn.softmax(hidden @ head['kernel'] + head['bias'])
       taught = (error - jax.nn.one_hot(y, 3)) @ head['kernel'].T
+      taught *= 1 - hidden**2  # The error of the last pre-activation.
       wires = feedback['rule'][f'block_{i}']['Layer_1']['affine']['kernel']
       target = jnp.tanh(pres[0] - beta * taught @ wires.T)
       np.testing.assert_allclose(
@@ -589,6 +590,48 @@ class LocalLossesTest(float64.Float64TestCase):
       getattr(local_losses, name)(**arguments)
 
 
+class Turn(nn.Module):
+
+  @nn.compact
+  def __call__(self, x, _):
+    return Block(5, name='block')(x), None
+
+
+class Odd(nn.Module):
+  """A block that a local loss cannot have."""
+  how: str
+
+  @nn.compact
+  def __call__(self, x):
+    x = nn.Dense(5)(x)
+    if self.how == 'twice':
+      block = Block(5, name='block')
+      x = block(block(x))
+    elif self.how == 'scan':
+      loop = nn.scan(Turn, variable_axes={'params': 0},
+                     split_rngs={'params': True}, length=2)
+      x, _ = loop(name='loop')(x, None)
+    else:
+      x, _ = Turn(name='turn')(x, None)
+    return nn.Dense(3)(x)
+
+
+class Loop(nn.Module):
+
+  @nn.compact
+  def __call__(self, x):
+    loop = nn.scan(Turn, variable_axes={'params': 0},
+                     split_rngs={'params': True}, length=2)
+    return loop(name='turns')(x, None)[0]
+
+
+class Looped(nn.Module):
+
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(3)(Loop(name='loop')(nn.Dense(5)(x)))
+
+
 class ErrorsTest(parameterized.TestCase):
 
   def init(self, blocks, rule=None, model=None, **kwargs):
@@ -635,6 +678,19 @@ class ErrorsTest(parameterized.TestCase):
   def test_arguments(self, arguments, message):
     with self.assertRaisesRegex(ValueError, message):
       bpjax.local(**{'rule': RULES.backprop(), 'blocks': ['b'], **arguments})
+
+  @parameterized.parameters(
+      ('twice', 'block', 'must be called once in a forward pass, got a second'),
+      ('scan', 'loop/block', 'is inside a scan or a conditional'),
+      ('tuple', 'turn', 'must return one array of floats, got tuple'))
+  def test_a_block_puts_out_one_array_once(self, how, block, message):
+    for rule in (RULES.backprop(), RULES.forward_gradient()):
+      with self.assertRaisesRegex(ValueError, f'block `{block}` {message}'):
+        self.init([block], rule, Odd(how))
+
+  def test_a_loop_may_lie_in_a_block(self):
+    feedback = self.init(['loop'], RULES.feedback_alignment(), Looped())
+    self.assertEqual(list(feedback['heads']), ['loop'])
 
   def test_bind(self):
     with self.assertRaisesRegex(ValueError, '`bind` needs one loss'):

@@ -2,7 +2,8 @@
 
 from absl.testing import parameterized
 import bpjax
-from bpjax import nnx as bpjax_nnx
+from bpjax.networks import nnx as bpjax_nnx
+import chex
 import flax.linen as nn
 from flax import nnx
 import float64
@@ -239,7 +240,7 @@ class ExactnessTest(float64.Float64TestCase):
     self.assertEqual(list(owned.units), [f'layers/{i}' for i in range(4)])
     self.assertEqual(owned.units.infos['layers/1'].kind, 'Linear')
     self.assertEmpty(owned.units.exact)
-    self.assertLen(owned.templates, 4)
+    self.assertLen(owned.units, 4)
 
   @parameterized.parameters(
       ('direct', 'tanh'), ('chain_in_gap', 'tanh'), ('meta', 'sign'))
@@ -504,24 +505,50 @@ class RefusalTest(parameterized.TestCase):
 
   @parameterized.parameters('scan', 'vmap', 'cond', 'jit')
   def test_units_inside_transforms(self, how):
-    net = bpjax.from_nnx(self.stack(how))
-    for _ in range(2):
-      with self.assertRaisesRegex(
-          ValueError, '`layer` is inside a transform that hides it'):
-        net.init(jax.random.key(0), jnp.ones((5, 7)))
+    module = self.stack(how)
+    net = bpjax.from_nnx(module)
+    x, y = jax.random.normal(jax.random.key(2), (5, 7)), jnp.arange(5)
+    variables = net.init(jax.random.key(0), x)
+    rule = bpjax.rules.feedback_alignment()
+    feedback = rule.init(jax.random.key(1), net, variables, x)
+    self.assertEqual(list(net.units), ['layer'])
+    self.assertEmpty(net.units.exact)
+    same = weights_as_feedback(feedback, variables['params'])
+    _, (grads, _) = zoo.learn(rule, net)(variables, same, x, y)
+
+    def loss(params):
+      graph, _ = nnx.split(module)
+      model = nnx.merge(graph, net.to_state({'params': params}))
+      return LOSS(model(x), y).mean()
+
+    expected = jax.grad(loss)(variables['params'])
+    chex.assert_trees_all_close(grads, expected, atol=1e-6)
 
   def test_modules(self):
     with self.assertRaisesRegex(ValueError, '`from_linen`'):
       bpjax.from_nnx(nn.Dense(3))
+    module, x, _ = build('conv_batch_norm')
+    net = bpjax.from_nnx(
+        module, is_unit=lambda m: isinstance(m, nnx.BatchNorm))
+    with self.assertRaisesRegex(ValueError, 'calls 0 affine operations'):
+      net.init(jax.random.key(0), x)
+
+  def test_tied_weights(self):
     rngs = nnx.Rngs(0)
     tied = Mlp(rngs, (4, 4, 4))
     tied.layers[1].kernel = tied.layers[0].kernel
-    with self.assertRaisesRegex(
-        ValueError, '`layers/1/kernel` is `layers/0/kernel` as well'):
-      bpjax.from_nnx(tied)
-    module, _, _ = build('conv_batch_norm')
-    with self.assertRaisesRegex(ValueError, r"holds \['BatchStat'.*outside"):
-      bpjax.from_nnx(module, is_unit=lambda m: isinstance(m, nnx.BatchNorm))
+    net = bpjax.from_nnx(tied)
+    x, y = jax.random.normal(jax.random.key(2), (5, 7)), jnp.zeros(5, int)
+    x = x[:, :tied.layers[0].kernel.shape[0]]
+    variables = net.init(jax.random.key(0), x)
+    rule = bpjax.rules.feedback_alignment()
+    feedback = rule.init(jax.random.key(1), net, variables, x)
+    same = weights_as_feedback(feedback, variables['params'])
+    _, (grads, _) = zoo.learn(rule, net)(variables, same, x, y)
+    _, (exact, _) = zoo.learn(bpjax.rules.backprop(), net)(
+        variables, {}, x, y)
+    chex.assert_trees_all_close(grads, exact, atol=1e-6)
+    self.assertNotIn('layers/1/kernel', bpjax.paths.leaf_names(exact))
 
   def test_unit_with_two_affine_operations(self):
     module, x, _ = build('mlp')

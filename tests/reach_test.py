@@ -64,7 +64,17 @@ _CASES = {
     'scan': (loop, (4, 3, 6), '1 -'),
     'pad': (lambda x: jnp.pad(x, ((0, 0), (1, 2))), (2, 3), '0 -'),
     'skip': (lambda x: x + jax.nn.softmax(x @ _W), (2, 6), '0 -'),
-    'sort': (lambda x: jnp.sort(x, axis=1), (2, 6), '- -'),
+    'sort': (lambda x: jnp.sort(x, axis=1), (2, 6), '0 -'),
+    'top_k': (lambda x: jax.lax.top_k(x, 2)[0], (2, 6), '0 -'),
+    'unknown': (lambda x: x.at[:, 1].set(x[:, 0]), (2, 6), '- -'),
+    'map': (lambda x: jax.lax.map(loop, x), (2, 4, 3, 6), '0 2 -'),
+    'along': (lambda x: jnp.take_along_axis(
+        x, jnp.array([[1], [0]]), axis=1), (2, 6), '0 -'),
+    'labels': (lambda x: jax.nn.log_softmax(x)[
+        jnp.arange(3), jnp.array([1, 0, 4])], (3, 6), '0'),
+    'rows': (lambda x: x[jnp.array([2, 0, 2])], (3, 6), '- 1'),
+    'branches': (lambda x: jax.lax.cond(
+        jnp.array(True), lambda x: x @ _W, jnp.sin, x), (2, 6), '0 -'),
     'shape_changes': (lambda x: x.reshape(3, 4), (2, 6), None),
 }
 
@@ -98,6 +108,16 @@ class ReachTest(parameterized.TestCase):
     first, second = reach_lib.reach(f, {'a': jnp.ones(3), 'b': jnp.ones(3)})
     self.assertEqual(first, [None, (((3, (0, 1)),),)])
     self.assertEqual(second, [(), None])
+
+  def test_values_are_more_than_derivatives(self):
+    f = lambda x: (x > 0).astype(x.dtype) + jnp.sign(x)
+    self.assertEqual(reach_lib.reach(f, jnp.ones(3)), [[None]])
+    axes = (((3, (0, 1)),),)
+    self.assertEqual(reach_lib.reach(f, jnp.ones(3), values=True), [[axes]])
+    # A surrogate derivative is no less than that.
+    spike = jax.custom_jvp(f)
+    spike.defjvps(lambda t, out, x: t)
+    self.assertEqual(reach_lib.reach(spike, jnp.ones(3)), [[axes]])
 
 
 if __name__ == '__main__':

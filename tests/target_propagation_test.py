@@ -249,8 +249,14 @@ class LayersTest(parameterized.TestCase):
 
   @parameterized.parameters(_PLAIN, _DIFFERENCE)
   def test_refusals(self, rule):
-    net = bpjax.from_linen(
-        nn.Sequential([nn.Dense(3), nn.LayerNorm(), nn.Dense(3)]))
+    class Fork(nn.Module):
+
+      @nn.compact
+      def __call__(self, x):
+        h = nn.tanh(nn.Dense(3)(x))
+        return nn.Dense(3)(h) + nn.Dense(3)(h)
+
+    net = bpjax.from_linen(Fork())
     variables = net.init(jax.random.key(0), jnp.ones((2, 4)))
     with self.assertRaisesRegex(ValueError, 'must be the input of one unit'):
       rule().init(jax.random.key(0), net, variables, jnp.ones((2, 4)))

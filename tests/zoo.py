@@ -99,15 +99,14 @@ class Layer(nn.Module):
 class Stack(nn.Module):
   """Three layers: unrolled, under remat, or under scan."""
   how: str = 'plain'
-  listed: tuple[str, ...] = ('params', 'feedback', 'ports', 'noise', 'probes')
 
   @nn.compact
   def __call__(self, x):
     x = nn.Dense(6)(x)
     if self.how == 'scan':
       layers = nn.scan(
-          Layer, variable_axes={c: 0 for c in self.listed},
-          split_rngs={'params': True, 'rule': True}, length=3)
+          Layer, variable_axes={'params': 0}, split_rngs={'params': True},
+          length=3)
       x, _ = layers(name='layers')(x, None)
     else:
       layer = nn.remat(Layer) if self.how == 'remat' else Layer

@@ -56,16 +56,15 @@ def direct_random_target_projection(scale: float = 1.) -> credit.Rule:
     dtype = jax.tree.leaves(params)[0].dtype if params else info.out.dtype
     return scale / math.sqrt(shape[0]) * jax.random.normal(key, shape, dtype)
 
-  def backward(unit, params, feedback, activations, signal):
-    delta = unit.delta(params, activations, signal.teaching)
-    messages = [None] * len(activations.inputs)
+  def backward(unit, feedback, signal):
+    messages = [None] * len(unit.inputs)
     if projection.sends(unit.info):
       i = projection.read_input(unit.info)
       target = _like_output(signal.target, unit.info.net_output)
       messages[i] = projection.project(
-          unit.info, target, feedback, activations.inputs[i])
+          unit.info, target, feedback, unit.inputs[i])
     return base.Credit(
-        unit.params_vjp(params, activations, delta), tuple(messages))
+        unit.grad(unit.delta(signal.teaching)), tuple(messages))
 
   return credit.Rule(
       name='direct_random_target_projection', init_unit=init_unit,

@@ -182,11 +182,6 @@ def recursive_local_representation_alignment(
         continue
       if info.kind == base.BOUNDARY:
         continue
-      if not info.owns_activation and not info.readers:  # Else it is linear.
-        raise ValueError(
-            f'unit `{name}` must hold its nonlinearity to be given a target; '
-            'write it as bpjax.nn.Layer(functools.partial(nn.Dense, 256), '
-            'nn.tanh), or choose a module around both with `is_unit`.')
       if info.pre.shape != info.out.shape:
         raise ValueError(
             f'unit `{name}` must put out the shape of its affine operation, '
@@ -235,7 +230,10 @@ def recursive_local_representation_alignment(
     if port(info) == _OUTPUT:  # Other units' errors are mixed already.
       read = mixed(read)
     if source_of(info.name, info.outs) is None:
+      # Of the loss at the pre-activation, whatever the unit ends in.
       error = signal.teaching
+      if info.kind != base.BOUNDARY:
+        error = unit.delta(params, activations, error).pre
     else:
       moved = signal.teaching
       if read is not None:
@@ -289,7 +287,7 @@ def recursive_local_representation_alignment(
   return credit.Rule(
       name='recursive_local_representation_alignment', backward=backward,
       init_unit=init_unit, port=port, check_units=check_units,
-      learns_feedback=learns, weight_target=weight_target)
+      learns_feedback=learns, segment='shape', weight_target=weight_target)
 
 
 def _slope(unit, params, activations, shift, error):

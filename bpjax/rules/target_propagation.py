@@ -172,7 +172,7 @@ def propagation(
 
   return credit.Rule(
       name=name, backward=backward, init_unit=init_unit,
-      check_units=check_units, learns_feedback=True, stochastic=sigma > 0)
+      check_units=check_units, learns_feedback=True, stochastic=sigma > 0, segment='rank')
 
 
 def _kernel(params):

@@ -1,0 +1,47 @@
+"""Where the examples of a batch lie in an array, and how to bring them first."""
+
+from __future__ import annotations
+
+from bpjax import base
+import jax.numpy as jnp
+
+# (axis, stride, count): example i is where the index of that axis, divided by
+# the stride and modulo the count, is i.
+Place = tuple[int, int, int]
+
+
+def first(x: base.Array, place: Place | None) -> base.Array:
+  """`x` as `[batch, ...]`, with the axes around the examples' in their order.
+
+  Args:
+    x: an array.
+    place: where its examples lie; None: on the first axis.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> folded = jnp.zeros((3 * 5, 4))  # Three examples of five tokens.
+    >>> first(folded, (0, 5, 3)).shape
+    (3, 5, 4)
+  """
+  if place is None or place == (0, 1, x.shape[0]):
+    return x
+  axis, parts, own = _parts(x.shape, place)
+  x = x.reshape(*x.shape[:axis], *parts, *x.shape[axis + 1:])
+  return jnp.moveaxis(x, axis + own, 0)
+
+
+def back(
+    x: base.Array, shape: tuple[int, ...], place: Place | None) -> base.Array:
+  """The inverse of `first`, for an array that had this shape."""
+  if place is None or place == (0, 1, shape[0]):
+    return x
+  axis, parts, own = _parts(shape, place)
+  return jnp.moveaxis(x, 0, axis + own).reshape(shape)
+
+
+def _parts(shape, place):
+  """The axis, what it is split into, and which of those parts counts examples."""
+  axis, stride, count = place
+  parts = [shape[axis] // (stride * count), count, stride]
+  kept = [n for i, n in enumerate(parts) if n > 1 or i == 1]
+  return axis, kept, int(parts[0] > 1)

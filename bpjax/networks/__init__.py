@@ -1,0 +1,1 @@
+"""Models as networks of units: from their traces."""

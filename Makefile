@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RULES := backprop,feedback_alignment,direct_feedback_alignment,kolen_pollack,forward_gradient
 
-.PHONY: run test clean
+.PHONY: run test check clean
 
 run: $(VENV)/installed
 	$(BIN)/python -m experiments.sweep \
@@ -14,6 +14,10 @@ run: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -q -n 2 --dist=worksteal -rs
+
+check: $(VENV)/installed
+	$(BIN)/ruff check bpjax experiments scripts benchmarks tests
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 # pyenv's shims exist for versions that are not selected: ask each to answer.
 $(VENV)/installed: setup.cfg pyproject.toml

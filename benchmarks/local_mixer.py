@@ -17,9 +17,6 @@ results.
 
 from __future__ import annotations
 
-# Before jax starts its threads.
-import timing
-
 # pylint: disable=g-import-not-at-top
 import functools
 import sys
@@ -32,6 +29,9 @@ from bpjax.models.local_mixer import NormedLayer
 import jax
 import jax.numpy as jnp
 import optax
+
+# Before jax starts its threads.
+import timing
 
 _IMAGES = {
     's/1/1': (128, 28, 28, 1), 'm/1/16': (128, 28, 28, 1),

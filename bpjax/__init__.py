@@ -1,6 +1,6 @@
-"""bpjax: learning rules that replace backprop, for any Flax model."""
+"""bpjax: learning rules that replace backprop, for any Flax or JAX model."""
 
-from bpjax import local_losses
+from bpjax import engines
 from bpjax import losses
 from bpjax import models
 from bpjax import nn
@@ -8,7 +8,6 @@ from bpjax import paths
 from bpjax import replicated
 from bpjax import rules
 from bpjax import testing
-from bpjax import variants
 from bpjax.alignment import alignment
 from bpjax.base import Activations
 from bpjax.base import Alignment
@@ -21,11 +20,43 @@ from bpjax.base import Unit
 from bpjax.base import UnitInfo
 from bpjax.bottleneck import bottleneck
 from bpjax.inputs import Inputs
-from bpjax.local import local
+from bpjax.local import losses as local_losses
+from bpjax.local import variants
+from bpjax.local.engine import local
+from bpjax.local.variants import variant
 from bpjax.networks.function import from_function
 from bpjax.networks.linen import from_linen
 from bpjax.networks.nnx import from_nnx
 from bpjax.optimizer import optimizer
-from bpjax.variants import variant
 
+__all__ = (
+    'Activations',
+    'Alignment',
+    'Aux',
+    'BoundUnit',
+    'Credit',
+    'Delta',
+    'Inputs',
+    'Signal',
+    'Unit',
+    'UnitInfo',
+    'alignment',
+    'bottleneck',
+    'engines',
+    'from_function',
+    'from_linen',
+    'from_nnx',
+    'local',
+    'local_losses',
+    'losses',
+    'models',
+    'nn',
+    'optimizer',
+    'paths',
+    'replicated',
+    'rules',
+    'testing',
+    'variant',
+    'variants',
+)
 __version__ = '0.1.0'

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from bpjax import base
-from bpjax import examples
 from bpjax import feedback as feedback_lib
 from bpjax import paths
+from bpjax.networks import examples
 from bpjax.networks import network
 from bpjax.rules.backprop import backprop
 import jax

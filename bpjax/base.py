@@ -139,7 +139,7 @@ class UnitInfo:
       '' where that is the model's own.
     operation: the primitive of the affine operation, such as `dot_general`.
     given_examples: for each input where its examples lie, see
-      `bpjax.examples`; None: on the first axis.
+      `bpjax.networks.examples`; None: on the first axis.
     examples: where they lie in `out`.
   """
   name: str
@@ -234,6 +234,66 @@ class BoundUnit(Protocol):
 
   def activation(self, pre: Array) -> Array:
     """What follows the affine operation, at another pre-activation."""
+
+
+class Network(Protocol):
+  """A model as a pure function, seen as units: `from_linen` and the others."""
+
+  @property
+  def units(self) -> Any:
+    """Name -> unit, and what keeps its exact derivative; printed as a table."""
+
+  def init(self, key: Key, x: Any) -> dict[str, Any]:
+    """The model's variables."""
+
+  def apply(self, variables: Mapping[str, Any], x: Any) -> Any:
+    """The model's output in evaluation mode."""
+
+  def survey(self, variables: Mapping[str, Any], x: Any) -> Any:
+    """What is known of the units for inputs of this shape; traced once."""
+
+  def run(
+      self, variables: Mapping[str, Any], x: Any, visit: Callable[..., Any],
+      key: Key | None, mutable: Any) -> tuple[Any, dict[str, Any]]:
+    """Runs the model in training mode; `visit` answers for every unit's call."""
+
+
+class Rule(Protocol):
+  """A learning rule, as users and the launcher see it."""
+  name: str
+
+  def init(
+      self, key: Key, net: Any, variables: Mapping[str, Any], x: Any
+  ) -> dict[str, Any]:
+    """Draws the rule's feedback; refuses a network that it cannot train."""
+
+  def value_and_grad(self, net: Any, loss: Loss) -> Callable[..., Any]:
+    """`learn(variables, feedback, x, y, key=None)`, see the README."""
+
+  def trainable(self, feedback: Tree) -> Tree:
+    """A tree of bools: which feedback an optimiser may touch."""
+
+  def predict(self, net: Any) -> Callable[..., Any]:
+    """`(variables, x) -> output` in evaluation mode."""
+
+  def units(
+      self, net: Any, variables: Mapping[str, Any], x: Any) -> dict[str, str]:
+    """Unit -> the rule that trains it; parameter -> where it is exact."""
+
+
+class Engine(Rule, Protocol):
+  """A rule with what the other parts of the library ask of it."""
+
+  def check(self, survey: Any) -> None:
+    """Raises a ValueError for a network that the rule cannot train."""
+
+  def infos(
+      self, net: Any, variables: Mapping[str, Any], x: Any
+  ) -> Mapping[str, UnitInfo]:
+    """Unit -> what is known of it before any data."""
+
+  def differentiate(self, *args: Any, **kwargs: Any) -> Any:
+    """One step's learning: summed updates, and the number of losses."""
 
 
 class Alignment(NamedTuple):

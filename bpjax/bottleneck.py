@@ -8,9 +8,9 @@ from typing import Any
 import zlib
 
 from bpjax import base
-from bpjax import credit
 from bpjax import paths
-from bpjax import perturbation
+from bpjax.engines import credit
+from bpjax.engines import perturbation
 import jax.numpy as jnp
 import numpy as np
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 import dataclasses
 
-from bpjax import credit
 from bpjax import paths
+from bpjax.engines import credit
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 from bpjax import base
 from bpjax.networks import trace
-import flax.linen as nn
 from flax import nnx
+import flax.linen as nn
 import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import math
 
 from bpjax import base
-from bpjax import examples
+from bpjax.networks import examples
 import jax
 import jax.numpy as jnp
 

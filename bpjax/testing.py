@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
+from bpjax import feedback as feedback_lib
 from bpjax import losses
+from bpjax import paths
 from bpjax.networks import linen
+from bpjax.optimizer import optimizer
+from bpjax.rules.backprop import backprop
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -21,9 +26,14 @@ def check_rule(
 
   Structure, shape and dtype of updates and feedback; initialisation under
   `jax.eval_shape` and by key; determinism; no second compilation; feedback that
-  is not trainable gets no update; 'sum' is 'mean' times the batch; the loss
-  halves with Adam; and, where there are several devices, a batch sharded over
-  all of them gives the same updates.
+  is not trainable gets no update; 'sum' is 'mean' times the batch; a rule that
+  says it is linear in the error is; the loss halves with Adam; on points too many
+  to know by heart it falls further than with hidden layers that stay as they are;
+  with the weights for feedback, where it has their shapes, updates point along
+  the gradient; convolutions, boundaries, integer inputs, `remat`, `scan` and a
+  batch of one work or are refused by a ValueError (without `model` and `net`);
+  and, where there are several devices, a batch sharded over all of them gives the
+  same updates.
 
   Args:
     rule: the rule, such as `my_rule()`.
@@ -40,6 +50,7 @@ def check_rule(
     >>> bpjax.testing.check_rule(bpjax.rules.feedback_alignment())
   """
   x, y = _task(jax.random.key(11))
+  given = model is not None or net is not None
   if net is None:
     net = linen.from_linen(
         model or nn.Sequential([nn.Dense(16), nn.tanh, nn.Dense(12), nn.tanh,
@@ -73,7 +84,12 @@ def check_rule(
       "'sum' is 'mean' times the batch size")
   out = rule.predict(net)(variables, x)
   _expect(out.shape == (len(x), 3), '`predict` returns the output')
+  _check_linear(rule, net, variables, feedback, x)
   _check_learns(rule, learn, variables, feedback, x, y, learning_rate)
+  _check_sign(rule, net, variables, feedback, x, y)
+  _check_hidden(rule, net, variables, feedback, x)
+  if not given:
+    _check_models(rule)
   if len(jax.devices()) > 1:
     _check_devices(learn, variables, feedback, x, y, (grads, feedback_grads))
 
@@ -102,29 +118,154 @@ def _check_fixed(rule, feedback, feedback_grads):
 
 
 def _check_learns(rule, learn, variables, feedback, x, y, learning_rate):
-  mask = {'params': jax.tree.map(lambda _: True, variables['params']),
-          'feedback': rule.trainable(feedback)}
-  tx = optax.masked(optax.adam(learning_rate), mask)
-
-  def step(carry, key):
-    variables, trees, state = carry
-    (value, aux), grads = learn(
-        {**variables, 'params': trees['params']}, trees['feedback'], x, y,
-        key=key)
-    grads = dict(zip(('params', 'feedback'), grads))
-    updates, state = tx.update(grads, state, trees)
-    # What the rule itself keeps by example (particles) starts anew.
-    variables = {c: aux.model_state.get(c, v) for c, v in variables.items()}
-    return (variables, optax.apply_updates(trees, updates), state), value
-
-  trees = {'params': variables['params'], 'feedback': feedback}
-  keys = jax.random.split(jax.random.key(3), _STEPS)
-  _, values = jax.jit(lambda c: jax.lax.scan(step, c, keys))(
-      (variables, trees, tx.init(trees)))
+  values = _trained(
+      rule, learn, variables, feedback, x, y, learning_rate, _STEPS)(1.)
   _expect(bool(jnp.all(jnp.isfinite(values))), 'the loss stays finite')
   _expect(bool(values[-10:].mean() < .5 * values[0]),
           f'the loss halves in {_STEPS} steps of Adam, from {values[0]:.3f} '
           f'(it got to {values[-10:].mean():.3f})')
+
+
+def _trained(
+    rule, learn, variables, feedback, x, y, learning_rate, steps,
+    hidden=lambda name: False):
+  """`scale -> losses` of a training; `scale` is on updates of hidden layers."""
+  tx = optimizer(optax.adam(learning_rate), rule, feedback)
+
+  def step(scale, carry, key):
+    variables, (params, feedback), state = carry
+    (value, aux), (grads, feedback_grads) = learn(
+        {**variables, 'params': params}, feedback, x, y, key=key)
+    grads = paths.map_with_name(
+        lambda name, g: scale * g if hidden(name) else g, grads)
+    updates, state = tx.update(
+        (grads, feedback_grads), state, (params, feedback))
+    # What the rule itself keeps by example (particles) starts anew.
+    variables = {c: aux.model_state.get(c, v) for c, v in variables.items()}
+    trees = optax.apply_updates((params, aux.feedback), updates)
+    return (variables, trees, state), value
+
+  trees = variables['params'], feedback
+  keys = jax.random.split(jax.random.key(3), steps)
+  return jax.jit(lambda scale: jax.lax.scan(
+      functools.partial(step, scale), (variables, trees, tx.init(trees)),
+      keys)[1])
+
+
+def _check_linear(rule, net, variables, feedback, x):
+  """A loss that is the output times `y` has the error `y`."""
+  if not getattr(rule, 'linear', False):
+    return
+  learn = jax.jit(rule.value_and_grad(
+      net, lambda out, y: jnp.sum(out * y, axis=-1), reduction='sum'))
+  updates = lambda y: learn(
+      variables, feedback, x, y, key=jax.random.key(2))[1][0]
+  a, b = jax.random.normal(jax.random.key(5), (2, len(x), 3))
+  parts = jax.tree.map(lambda p, q: p - 3 * q, updates(a), updates(b))
+  _expect(_close(updates(a - 3 * b), parts, 1e-3),
+          'a rule that says `linear=True` is linear in the error')
+
+
+def _check_hidden(rule, net, variables, feedback, x):
+  """Hidden layers learn, and in the right direction."""
+  readouts = [n for n, info in net.units.infos.items() if info.is_output]
+  hidden = lambda name: not any(paths.is_inside(name, r) for r in readouts)
+  if not any(map(hidden, paths.leaf_names(variables['params']))):
+    return
+  # Too many points for the readout to know by heart.
+  x = jax.random.normal(jax.random.key(7), (512, *x.shape[1:]))
+  y = (x[:, 0] * x[:, 1] > 0).astype(int) + (x[:, 2] > 0)
+  learn = rule.value_and_grad(net, losses.softmax_cross_entropy)
+  train = _trained(
+      rule, learn, variables, feedback, x, y, 1e-2, 2 * _STEPS, hidden)
+  own, still = (float(train(scale)[-20:].mean()) for scale in (1., 0.))
+  _expect(own < .98 * still,
+          f'hidden layers learn in the right direction: the loss gets to '
+          f'{own:.3f} with them, and to {still:.3f} where they stay as they are')
+
+
+def _check_sign(rule, net, variables, feedback, x, y):
+  """With the weights for feedback, hidden updates are like backprop's."""
+  params = paths.leaves(variables['params'])
+  given = paths.leaves(feedback)
+  if not given or any(
+      name not in params or params[name].shape != leaf.shape
+      for name, leaf in given.items()):
+    return
+  same = paths.map_with_name(lambda name, _: params[name], feedback)
+  updates = [
+      jax.jit(r.value_and_grad(net, losses.softmax_cross_entropy))(
+          variables, f, x, y, key=jax.random.key(2))[1][0]
+      for r, f in ((rule, same), (backprop(), {}))]
+  for name, a, b in zip(
+      paths.leaf_names(updates[0]), *map(jax.tree.leaves, updates)):
+    _expect(bool(feedback_lib.cosine(a, b) > 0),
+            'updates have the right sign: with the weights for feedback, that '
+            f'of `{name}` points along the gradient')
+
+
+def _check_models(rule):
+  """Other layers, transforms and a batch of one: they work, or are refused."""
+  images = jax.random.normal(jax.random.key(6), (4, 6, 6, 2))
+  tokens = jax.random.randint(jax.random.key(6), (4, 5), 0, 7)
+  for what, model, x, boundaries in (
+      ('a convolution', _Images(), images, ()),
+      ('a boundary', _Images(), images, ('block',)),
+      ('integer inputs, `remat` and `scan`', _Tokens(), tokens, ()),
+      ('a batch of one', _Images(), images[:1], ())):
+    net = linen.from_linen(model, boundaries=boundaries)
+    variables = net.init(jax.random.key(0), x)
+    try:
+      feedback = rule.init(jax.random.key(1), net, variables, x)
+    except ValueError:
+      continue  # Refused.
+    try:
+      learn = jax.jit(rule.value_and_grad(net, losses.softmax_cross_entropy))
+      _, (grads, feedback_grads) = learn(
+          variables, feedback, x, jnp.arange(len(x)) % 3,
+          key=jax.random.key(2))
+    except Exception as error:
+      raise AssertionError(
+          f'the contract of a learning rule is broken: {what} works, or is '
+          'refused by `init` with a ValueError.') from error
+    _check_like(grads, variables['params'], '`grads`', "`variables['params']`")
+    _check_like(feedback_grads, feedback, '`feedback_grads`', '`feedback`')
+    _expect(all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(grads)),
+            f'updates are finite under {what}')
+
+
+class _Block(nn.Module):
+
+  @nn.compact
+  def __call__(self, x):
+    return nn.tanh(nn.Conv(4, (3, 3), strides=2)(x))
+
+
+class _Images(nn.Module):
+
+  @nn.compact
+  def __call__(self, x):
+    x = _Block(name='block')(x)
+    return nn.Dense(3)(nn.tanh(nn.Dense(6)(x.reshape(x.shape[0], -1))))
+
+
+class _Layer(nn.Module):
+
+  @nn.compact
+  def __call__(self, x, _=None):
+    return nn.tanh(nn.Dense(6)(x)), None
+
+
+class _Tokens(nn.Module):
+
+  @nn.compact
+  def __call__(self, x):
+    x = nn.Embed(7, 6)(x)
+    x, _ = nn.remat(_Layer)(name='remat')(x)
+    layers = nn.scan(_Layer, variable_axes={'params': 0},
+                     split_rngs={'params': True}, length=2)
+    x, _ = layers(name='scan')(x, None)
+    return nn.Dense(3)(x.mean(1))
 
 
 def _check_devices(learn, variables, feedback, x, y, expected):

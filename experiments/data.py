@@ -11,14 +11,15 @@ import os
 import pathlib
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from experiments import decoded
 from experiments import prepared
 from experiments import preprocessing as preprocessing_lib
 from experiments.decoded import Split
-from experiments.streaming import (
-    IMAGENET_MEAN, IMAGENET_STD, Stream, epoch_order)
+from experiments.streaming import epoch_order
+from experiments.streaming import IMAGENET_MEAN
+from experiments.streaming import IMAGENET_STD
+from experiments.streaming import Stream
+import numpy as np
 
 Array = Any
 

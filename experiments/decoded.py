@@ -16,9 +16,8 @@ import warnings
 import zipfile
 import zlib
 
-import numpy as np
-
 from experiments import prepared
+import numpy as np
 
 _CHUNK = 256  # examples read from disk at once
 

@@ -14,10 +14,9 @@ import logging
 import pathlib
 from typing import NamedTuple
 
-import numpy as np
-
 from experiments import decoded
 from experiments.decoded import Split
+import numpy as np
 
 _CHUNK = 1024  # Images that are floats of full precision at once.
 _CONTRAST_BIAS = 10.  # In squared grey levels; of a flat image nothing is left.

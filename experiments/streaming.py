@@ -10,9 +10,8 @@ import math
 import os
 from typing import Any
 
-import numpy as np
-
 from experiments import prepared
+import numpy as np
 
 # Per-channel mean and standard deviation of the ImageNet training images in
 # [0, 1], the customary constants: a stream is never read twice to measure its

@@ -10,8 +10,8 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import flax
-import flax.linen as nn
 from flax import nnx
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -7,7 +7,6 @@ from experiments import config as config_lib
 import jax
 import jax.numpy as jnp
 import numpy as np
-
 from tests import float64
 from tests import zoo
 

@@ -4,12 +4,11 @@ from absl.testing import absltest
 from absl.testing import parameterized
 import bpjax
 from bpjax.projection import feedback_shape
-import flax.linen as nn
 from flax import nnx
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-
 from tests import float64
 
 _LOSS = bpjax.losses.softmax_cross_entropy

@@ -6,8 +6,8 @@ from absl.testing import absltest
 from absl.testing import parameterized
 import bpjax
 import flax
-import flax.linen as nn
 from flax import nnx
+import flax.linen as nn
 import float64
 import jax
 import jax.numpy as jnp

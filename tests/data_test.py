@@ -12,6 +12,10 @@ import warnings
 
 from absl.testing import parameterized
 from array_record.python import array_record_module
+from experiments import data
+from experiments import decoded
+from experiments import prepared
+from experiments import streaming
 import jax
 import numpy as np
 from PIL import Image
@@ -19,11 +23,6 @@ import pytest
 from sklearn import datasets as sklearn_datasets
 import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
-
-from experiments import data
-from experiments import decoded
-from experiments import prepared
-from experiments import streaming
 
 _TRAIN, _TEST, _CLASSES = 37, 11, 100
 _REAL = pytest.mark.skipif(

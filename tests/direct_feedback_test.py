@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 import numpy as np
-
 from tests import float64
 from tests import zoo
 

@@ -6,7 +6,6 @@ import bpjax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-
 from tests import float64
 from tests import zoo
 

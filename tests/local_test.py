@@ -5,9 +5,9 @@ import functools
 
 from absl.testing import parameterized
 import bpjax
-from bpjax import local_losses
-import flax.linen as nn
+from bpjax.local import losses as local_losses
 from flax import nnx
+import flax.linen as nn
 import float64
 import jax
 import jax.numpy as jnp

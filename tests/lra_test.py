@@ -11,7 +11,6 @@ from jax.interpreters import partial_eval
 import jax.numpy as jnp
 import numpy as np
 import reference_targets as reference
-
 from tests import float64
 from tests import zoo
 

@@ -4,8 +4,8 @@ from absl.testing import parameterized
 import bpjax
 from bpjax.networks import nnx as bpjax_nnx
 import chex
-import flax.linen as nn
 from flax import nnx
+import flax.linen as nn
 import float64
 import jax
 import jax.numpy as jnp

@@ -4,9 +4,9 @@ import functools
 
 from absl.testing import parameterized
 import bpjax
-from bpjax import credit as credit_lib
-from bpjax import perturbation
-from bpjax import random_bits
+from bpjax.engines import credit as credit_lib
+from bpjax.engines import perturbation
+from bpjax.engines import random_bits
 import expected
 import flax.linen as nn
 import float64

@@ -1,7 +1,7 @@
 """What an entry can reach: never less than its derivative says."""
 
 from absl.testing import parameterized
-from bpjax import reach as reach_lib
+from bpjax.networks import reach as reach_lib
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -11,7 +11,7 @@ import sys
 from absl.testing import parameterized
 from bpjax import models
 from bpjax import rules
-from bpjax import variants
+from bpjax.local import variants
 from experiments import config as config_lib
 from experiments import launch
 from experiments import reproduction

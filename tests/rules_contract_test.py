@@ -1,5 +1,7 @@
 """Every rule that `rules.names()` finds, through the contract."""
 
+import dataclasses
+
 from absl.testing import parameterized
 import bpjax
 import jax
@@ -14,9 +16,7 @@ class ContractTest(parameterized.TestCase):
 
   @parameterized.parameters(*bpjax.rules.names())
   def test_contract(self, name):
-    model = None if name in zoo.BARE else bpjax.models.mlp(
-        3, widths=(16, 12), activation='tanh', units='layer')
-    bpjax.testing.check_rule(bpjax.rules.get(name)(), model=model)
+    bpjax.testing.check_rule(bpjax.rules.get(name)())
 
   def test_names_are_the_files(self):
     self.assertContainsSubset(
@@ -43,6 +43,83 @@ class ContractTest(parameterized.TestCase):
         name='lazy', init_unit=rule.init_unit, backward=lazy)
     with self.assertRaisesRegex(AssertionError, 'the loss halves'):
       bpjax.testing.check_rule(broken)
+
+  @parameterized.parameters(
+      ('still', 'hidden layers learn'), ('backwards', 'the loss halves|hidden layers learn'),
+      ('wrong_sign', 'the right sign'), ('sign', 'is linear in the error'),
+      ('dense_only', 'a convolution works'))
+  def test_rules_that_look_right_are_found_out(self, how, message):
+    made = bpjax.rules.feedback_alignment()
+    if how in ('still', 'backwards'):
+      made = bpjax.rules.backprop()
+
+    def backward(unit, feedback, signal):
+      weights = feedback or unit.params  # Backprop has no feedback.
+      teaching = signal.teaching
+      if how == 'sign':
+        teaching = jnp.sign(teaching)
+      delta = unit.delta(teaching)
+      grad = unit.grad(delta)
+      if how == 'dense_only':
+        kernel = unit.inputs[0].T @ delta.pre
+        grad = {'kernel': kernel, 'bias': delta.pre.sum(0)}
+      if not unit.info.is_output:
+        scale = {'still': 0, 'backwards': -1, 'wrong_sign': -1}.get(how, 1)
+        grad = jax.tree.map(lambda g: scale * g, grad)
+      return bpjax.Credit(grad, unit.send(delta, weights))
+
+    rule = dataclasses.replace(
+        made, name='imposter', backward=backward, linear=how == 'sign')
+    with self.assertRaisesRegex(AssertionError, message):
+      bpjax.testing.check_rule(rule)
+
+  def test_what_a_rule_keeps_besides_gradients(self):
+    """Feedback drawn anew every second step, by a rule in the short form."""
+    made = bpjax.rules.feedback_alignment()
+    seen = []
+
+    def backward(unit, feedback, signal):
+      seen.append(signal.step)
+      delta = unit.delta(signal.teaching)
+      sent = unit.send(delta, feedback) if feedback else None
+      return bpjax.Credit(unit.grad(delta), sent)
+
+    def advance(info, feedback, step):
+      fresh = made.init_unit(
+          jax.random.fold_in(jax.random.key(5), step), info, info.params)
+      return jax.tree.map(
+          lambda old, new: jnp.where(step % 2 == 1, new, old), feedback, fresh)
+
+    rule = dataclasses.replace(
+        made, name='drawn_anew', backward=backward, counts=True,
+        advance=advance)
+    model, x, y = zoo.inputs('plain')
+    net = bpjax.from_linen(model)
+    variables = net.init(jax.random.key(0), x)
+    feedback = rule.init(jax.random.key(1), net, variables, x)
+    learn = jax.jit(rule.value_and_grad(net, LOSS))
+    kernels = [feedback['Dense_1']['kernel']]
+    for _ in range(4):
+      (_, aux), (_, feedback_grads) = learn(variables, feedback, x, y)
+      feedback = aux.feedback
+      kernels.append(feedback['Dense_1']['kernel'])
+    self.assertIsNotNone(seen[0])
+    same = [bool(jnp.array_equal(a, b)) for a, b in zip(kernels, kernels[1:])]
+    self.assertEqual(same, [True, False, True, False])
+    self.assertFalse(any(jax.tree.leaves(rule.trainable(feedback))))
+    self.assertEqual(
+        jax.tree.structure(feedback), jax.tree.structure(feedback_grads))
+
+  def test_a_rule_that_keeps_nothing_gives_the_same_feedback(self):
+    model, x, y = zoo.inputs('plain')
+    net = bpjax.from_linen(model)
+    variables = net.init(jax.random.key(0), x)
+    for name in zoo.BARE:
+      rule = bpjax.rules.get(name)()
+      feedback = rule.init(jax.random.key(1), net, variables, x)
+      (_, aux), _ = rule.value_and_grad(net, LOSS)(
+          variables, feedback, x, y, key=jax.random.key(2))
+      self.assertIs(aux.feedback, feedback)
 
   @parameterized.parameters(*zoo.BARE)
   def test_batch_statistics_and_dropout_pass_through(self, name):

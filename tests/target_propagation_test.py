@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import reference_targets as reference
-
 from tests import float64
 from tests import zoo
 

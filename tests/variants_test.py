@@ -4,8 +4,8 @@ import functools
 
 from absl.testing import parameterized
 import bpjax
-from bpjax import local_losses
 from bpjax import replicated
+from bpjax.local import losses as local_losses
 import flax.linen as nn
 import float64
 import jax

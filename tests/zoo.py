@@ -7,7 +7,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-
 # Rules that set targets, which need units with their nonlinearity; the one that
 # settles, which takes no BatchNorm; all others.
 TARGETS = (

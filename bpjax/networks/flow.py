@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from bpjax import unit as unit_lib
 from bpjax.networks import trace as trace_lib
+from bpjax.networks import unit as unit_lib
 from jax.extend.core import Literal
 import jax.numpy as jnp
 
@@ -179,7 +179,7 @@ def derivatives(
   Args:
     plan: the plan.
     outputs: how many of its outputs are the model's, and not its state.
-    cuts: where gradients stop, see `bpjax.view`, or None.
+    cuts: where gradients stop, see `bpjax.local.view`, or None.
   """
   graph = _Graph(cuts)
   graph.body(plan, ())

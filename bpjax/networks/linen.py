@@ -14,8 +14,8 @@ from typing import Any
 from bpjax import base
 from bpjax import inputs as inputs_lib
 from bpjax import nn as bpjax_nn
-from bpjax import unit as unit_lib
 from bpjax.networks import network
+from bpjax.networks import unit as unit_lib
 import flax
 import flax.linen as nn
 import jax

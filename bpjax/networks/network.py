@@ -14,14 +14,14 @@ from typing import Any
 
 from bpjax import base
 from bpjax import paths
-from bpjax import reach as reach_lib
-from bpjax import reduction as reduction_lib
-from bpjax import survey as survey_lib
-from bpjax import unit as unit_lib
+from bpjax.engines import reduction as reduction_lib
 from bpjax.networks import flow as flow_lib
+from bpjax.networks import reach as reach_lib
 from bpjax.networks import run as run_lib
 from bpjax.networks import segments
+from bpjax.networks import survey as survey_lib
 from bpjax.networks import trace as trace_lib
+from bpjax.networks import unit as unit_lib
 import jax
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import ClosedJaxpr
@@ -128,7 +128,7 @@ class Traced:
 
 class Network(survey_lib.Network):
   """A model seen as units. What `from_linen` and the others return."""
-  cuts: Any = None  # Where gradients stop, see `bpjax.view`.
+  cuts: Any = None  # Where gradients stop, see `bpjax.local.view`.
 
   def __init__(
       self, boundaries: Sequence[str] = (),
@@ -301,7 +301,7 @@ class Network(survey_lib.Network):
       owners: visit all places at which parameters meet data, gains and shifts of
         norms included, and no boundaries.
       watch: is told the name of every module that normalises over the batch.
-      cuts: where gradients stop, see `bpjax.view`.
+      cuts: where gradients stop, see `bpjax.local.view`.
       train: False for evaluation mode.
 
     Returns:

@@ -17,8 +17,8 @@ from bpjax import base
 from bpjax import inputs as inputs_lib
 from bpjax import nn as bpjax_nn
 from bpjax import paths
-from bpjax import unit as unit_lib
 from bpjax.networks import network
+from bpjax.networks import unit as unit_lib
 from flax import nnx
 import jax
 import jax.numpy as jnp

@@ -16,10 +16,10 @@ from typing import Any
 
 from bpjax import base
 from jax.extend.core import ClosedJaxpr
+from jax.extend.core import gensym
 from jax.extend.core import Jaxpr
 from jax.extend.core import JaxprEqn
 from jax.extend.core import Literal
-from jax.extend.core import gensym
 from jax.extend.core import Var
 import jax.numpy as jnp
 

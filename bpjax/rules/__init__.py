@@ -1,6 +1,7 @@
 """Every learning rule, found by its file: module = function = name.
 
-A new rule is a new file here; nothing else is edited.
+A new rule is a new file here. Those of the library are imported by name, so that
+editors and type checkers see them.
 """
 
 import importlib
@@ -8,13 +9,52 @@ import pkgutil
 
 from bpjax import paths
 from bpjax.by_path import by_path
+from bpjax.rules.backprop import backprop
+from bpjax.rules.difference_target_propagation import (
+  difference_target_propagation,
+)
+from bpjax.rules.direct_feedback_alignment import direct_feedback_alignment
+from bpjax.rules.direct_random_target_projection import (
+  direct_random_target_projection,
+)
+from bpjax.rules.equilibrium_propagation import equilibrium_propagation
+from bpjax.rules.feedback_alignment import feedback_alignment
+from bpjax.rules.forward_gradient import forward_gradient
+from bpjax.rules.kolen_pollack import kolen_pollack
+from bpjax.rules.local_representation_alignment import (
+  local_representation_alignment,
+)
+from bpjax.rules.recursive_local_representation_alignment import (
+  recursive_local_representation_alignment,
+)
+from bpjax.rules.sign_symmetry import sign_symmetry
+from bpjax.rules.target_propagation import target_propagation
+from bpjax.rules.weight_mirror import weight_mirror
 
 _NAMES = tuple(sorted(m.name for m in pkgutil.iter_modules(__path__)))
 for _name in _NAMES:
-  globals()[_name] = getattr(
-      importlib.import_module(f'{__name__}.{_name}'), _name)
+  if not callable(globals().get(_name)):  # A file that is new.
+    globals()[_name] = getattr(
+        importlib.import_module(f'{__name__}.{_name}'), _name)
 
-__all__ = (*_NAMES, 'by_path', 'get', 'names')
+__all__ = (
+    'backprop',
+    'by_path',
+    'difference_target_propagation',
+    'direct_feedback_alignment',
+    'direct_random_target_projection',
+    'equilibrium_propagation',
+    'feedback_alignment',
+    'forward_gradient',
+    'get',
+    'kolen_pollack',
+    'local_representation_alignment',
+    'names',
+    'recursive_local_representation_alignment',
+    'sign_symmetry',
+    'target_propagation',
+    'weight_mirror',
+)
 
 
 def names() -> tuple[str, ...]:

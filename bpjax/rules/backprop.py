@@ -5,7 +5,7 @@ Williams, Nature 1986.
 """
 
 from bpjax import base
-from bpjax import credit
+from bpjax.engines import credit
 
 
 def backprop() -> credit.Rule:

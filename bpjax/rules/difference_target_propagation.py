@@ -4,7 +4,7 @@ Difference target propagation, Lee, Zhang, Fischer and Bengio, ECML/PKDD 2015
 (https://arxiv.org/abs/1412.7525).
 """
 
-from bpjax import credit
+from bpjax.engines import credit
 from bpjax.rules.target_propagation import propagation
 
 

@@ -9,8 +9,8 @@ networks with direct feedback alignment, Launay, Poli and Krzakala, 2019
 import math
 
 from bpjax import base
-from bpjax import credit
 from bpjax import projection
+from bpjax.engines import credit
 import jax
 import jax.numpy as jnp
 

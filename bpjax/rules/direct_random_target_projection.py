@@ -8,8 +8,8 @@ Neuroscience 2021 (https://arxiv.org/abs/1909.01311).
 import math
 
 from bpjax import base
-from bpjax import credit
 from bpjax import projection
+from bpjax.engines import credit
 import jax
 import jax.numpy as jnp
 

@@ -7,7 +7,7 @@ backpropagation, Scellier and Bengio, Frontiers in Computational Neuroscience 20
 
 import math
 
-from bpjax import settling
+from bpjax.engines import settling
 
 _NUDGES = ('random', 'positive', 'symmetric')
 _READOUTS = ('linear', 'clip')

@@ -6,8 +6,8 @@ learning, Lillicrap, Cownden, Tweed and Akerman, Nature Communications 2016
 """
 
 from bpjax import base
-from bpjax import credit
 from bpjax import feedback as feedback_lib
+from bpjax.engines import credit
 
 
 def feedback_alignment(scale: float = 1.) -> credit.Rule:

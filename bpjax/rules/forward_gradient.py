@@ -7,7 +7,7 @@ losses, Ren, Kornblith, Liao and Hinton, ICLR 2023
 """
 
 from bpjax import base
-from bpjax import perturbation
+from bpjax.engines import perturbation
 
 # What is perturbed in this way where nothing else is said.
 _NOISE = {'shared': 'weight', 'independent': 'activity'}
@@ -41,7 +41,7 @@ def forward_gradient(
   `s_n` of one example would be biased for the noise below it: the sum over the
   batch is used there for every example, which has the right mean and about N
   times the variance; prefer LayerNorm or GroupNorm here. Which noise that is
-  follows from the trace (`bpjax.reach`), for any operation between examples.
+  follows from the trace (`bpjax.networks.reach`), for any operation between examples.
 
   Tried: MNIST, two layers of 256 relu units, 5 epochs, batch 128, Adam 2e-3 with
   a cosine: 91.5% test accuracy with activity, where a readout on frozen random

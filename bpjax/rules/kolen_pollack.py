@@ -5,8 +5,8 @@ learning without weight transport, Akrout, Wilson, Humphreys, Lillicrap and
 Tweed, NeurIPS 2019 (https://arxiv.org/abs/1904.05391).
 """
 
-from bpjax import credit
 from bpjax import feedback as feedback_lib
+from bpjax.engines import credit
 from bpjax.rules.feedback_alignment import feedback_alignment
 
 

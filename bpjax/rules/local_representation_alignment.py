@@ -6,9 +6,10 @@ Ororbia and Mali, AAAI 2019 (https://arxiv.org/abs/1805.11703).
 
 import dataclasses
 
-from bpjax import credit
+from bpjax.engines import credit
 from bpjax.rules.recursive_local_representation_alignment import (
-    recursive_local_representation_alignment as recursive)
+  recursive_local_representation_alignment as recursive,
+)
 
 
 def local_representation_alignment(

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 import math
 
 from bpjax import base
-from bpjax import credit
 from bpjax import feedback as feedback_lib
 from bpjax import paths
+from bpjax.engines import credit
 import jax
 from jax.interpreters import partial_eval
 import jax.numpy as jnp

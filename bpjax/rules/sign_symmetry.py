@@ -9,8 +9,8 @@ algorithms can scale to large datasets, Xiao, Chen, Liao and Poggio, ICLR 2019
 import math
 
 from bpjax import base
-from bpjax import credit
 from bpjax import feedback as feedback_lib
+from bpjax.engines import credit
 import jax
 import jax.numpy as jnp
 

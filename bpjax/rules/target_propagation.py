@@ -8,8 +8,8 @@ import math
 
 from bpjax import activations as activations_lib
 from bpjax import base
-from bpjax import credit
 from bpjax import feedback as feedback_lib
+from bpjax.engines import credit
 import jax
 import jax.numpy as jnp
 

@@ -5,10 +5,10 @@ Tweed, NeurIPS 2019 (https://arxiv.org/abs/1904.05391).
 """
 
 from bpjax import base
-from bpjax import credit
 from bpjax import feedback as feedback_lib
 from bpjax import paths
 from bpjax.activations import get as activation_named
+from bpjax.engines import credit
 from bpjax.rules.feedback_alignment import feedback_alignment
 import jax
 import jax.numpy as jnp

@@ -14,7 +14,6 @@ CIFAR-10 is read from --config.data_dir or TFDS_DATA_DIR. Test accuracy in the
 paper: 62.65% with row norm.
 """
 
-from experiments import config as config_lib
 from experiments.configs import launay_mlp
 
 # Row -> arguments of the model; {} where only the rule's differ.

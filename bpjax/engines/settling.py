@@ -15,10 +15,10 @@ import dataclasses
 from typing import Any
 
 from bpjax import base
-from bpjax import checks
-from bpjax import credit
-from bpjax import feedback as feedback_lib
-from bpjax import reduction as reduction_lib
+from bpjax.engines import base as engine
+from bpjax.engines import checks
+from bpjax.engines import credit
+from bpjax.engines import reduction as reduction_lib
 from bpjax.networks import network
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ _STATE, _ENERGY, _DRIVE = 'call', 'energy', 'drive'
 
 
 @dataclasses.dataclass(frozen=True)
-class Rule(feedback_lib.NoFeedback):
+class Rule(engine.Base):
   """A learning rule of the settling engine.
 
   Attributes:
@@ -46,12 +46,7 @@ class Rule(feedback_lib.NoFeedback):
   beta: float
   nudge: str
   readout: str
-
-  def init(self, key, net, variables, x) -> dict[str, Any]:
-    """The rule's feedback: none, {}. Checks that it can train the network."""
-    del key
-    self.check(self.seen_by(net, variables, x).survey(variables, x))
-    return {}
+  _no_bind = 'lets the network settle'
 
   def seen_by(
       self, net: network.Network, variables: Mapping[str, Any], x: Any
@@ -62,6 +57,7 @@ class Rule(feedback_lib.NoFeedback):
 
   def check(self, survey: Any) -> None:
     """Raises a ValueError for a network that the rule cannot train."""
+    checks.check_any_unit(survey, self.name)
     for module in survey.batch_coupled:
       raise ValueError(
           f'`{module}` normalises over the batch, which would couple the states '
@@ -73,24 +69,6 @@ class Rule(feedback_lib.NoFeedback):
           'between it and the output has a derivative that is zero everywhere '
           '(sign, round, a comparison); leave it out, since states are kept in '
           '[0, 1] already.')
-
-  def units(self, net, variables, x) -> dict[str, str]:
-    """Unit -> the rule that trains it; also the parameters without a unit."""
-    units = self.seen_by(net, variables, x).survey(variables, x).units
-    trained = {
-        name: self.name for name, info in units.infos.items()
-        if info.kind != base.BOUNDARY}
-    return trained | {p: self.name for p in units.exact}
-
-  def infos(self, net, variables, x):
-    """Unit -> what is known of it."""
-    return self.seen_by(net, variables, x).survey(variables, x).units.infos
-
-  def bind(self, net: network.Network) -> Callable[..., Any]:
-    """Raises: no function's reverse derivative is this rule."""
-    raise ValueError(
-        f'`bind` needs a rule that is linear in the error, and `{self.name}` '
-        'lets the network settle; use `rule.value_and_grad(net, loss)`.')
 
   def particles(
       self, net: network.Network, variables: Mapping[str, Any], x: Any
@@ -126,7 +104,7 @@ class Rule(feedback_lib.NoFeedback):
   def value_and_grad(
       self, net: network.Network, loss: base.Loss, *,
       reduction: str | Mapping[str, str] = 'mean') -> Callable[..., Any]:
-    """As `bpjax.credit.Rule.value_and_grad`.
+    """As `bpjax.engines.credit.Rule.value_and_grad`.
 
     `variables` may hold 'particles', from which the free phase goes on, and
     `aux.model_state` holds those at its end, one row an example.
@@ -143,7 +121,7 @@ class Rule(feedback_lib.NoFeedback):
     return learn
 
   def signals(self, net, loss, variables, feedback, x, y, key):
-    """As `bpjax.credit.Rule.signals`: how far the nudge moved each state."""
+    """As `bpjax.engines.credit.Rule.signals`: how far the nudge moved each state."""
     del feedback
     _, _, grads, count, signals = self.differentiate(
         net, loss, variables, x, y, key)

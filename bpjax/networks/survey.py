@@ -8,7 +8,7 @@ from typing import Any
 
 from bpjax import base
 from bpjax import paths
-from bpjax import unit as unit_lib
+from bpjax.networks import unit as unit_lib
 import jax
 
 

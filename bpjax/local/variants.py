@@ -6,14 +6,13 @@ ICLR 2023 (https://arxiv.org/abs/2210.03310), Tables 3 and 4.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-from bpjax import local as local_lib
-from bpjax import local_losses
 from bpjax import paths
 from bpjax import rules
-from bpjax import view as view_lib
+from bpjax.local import losses as local_losses
+from bpjax.local import view as view_lib
+from bpjax.local.engine import local
 
 # Name -> where losses are ('' for the network's output alone; 'L': also at every
 # block; 'LG': there, and gradients stop between blocks), and the rule.
@@ -116,13 +115,13 @@ def variant(
         f'{paths.nearest(name, _VARIANTS)}.')
   where, kind = _VARIANTS[name]
   made = _rules(directions, samples, feedback_scale)
-  greedy = local_lib.local(
+  greedy = local(
       made[kind], blocks, loss=loss, placement=placement, groups=groups,
       grouped=grouped, head_scale=head_scale)
   if where == 'LG':
     return greedy
   if where == 'L':
-    return local_lib.local(
+    return local(
         made[kind], blocks, loss=loss, placement=placement, groups=groups,
         grouped=grouped, stop='none', head_scale=head_scale)
   if loss is None:
@@ -133,7 +132,7 @@ def variant(
         "of its own, since it has no other block's, got "
         f"{last!r}; give last='block_3', say.")
   # One loss of the network: a perturbation of any entry may change it.
-  return local_lib.local(
+  return local(
       made[kind], (last,), loss=loss, grouped=grouped, stop='none',
       head_scale=head_scale)
 

@@ -107,7 +107,7 @@ def follow(
     plan: of a network.
     outs: for each output what it is called, and which of its axes are of
       interest; `{}` for one that is not.
-    cuts: where gradients stop, see `bpjax.view`.
+    cuts: where gradients stop, see `bpjax.local.view`.
     blocks: the blocks whose outputs are of interest: name -> `shape -> axes`.
     values: as in `reach`.
 

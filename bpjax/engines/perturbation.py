@@ -14,15 +14,15 @@ import dataclasses
 from typing import Any
 
 from bpjax import base
-from bpjax import credit
-from bpjax import feedback as feedback_lib
-from bpjax import located
 from bpjax import paths
-from bpjax import random_bits
-from bpjax import reach as reach_lib
-from bpjax import reduction as reduction_lib
-from bpjax import unit as unit_lib
+from bpjax.engines import base as engine
+from bpjax.engines import credit
+from bpjax.engines import random_bits
+from bpjax.engines import reduction as reduction_lib
+from bpjax.local import located
 from bpjax.networks import network
+from bpjax.networks import reach as reach_lib
+from bpjax.networks import unit as unit_lib
 import jax
 import jax.numpy as jnp
 
@@ -31,7 +31,7 @@ Directions = Callable[[base.Key, list[base.Array]], list[base.Array]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Rule(feedback_lib.NoFeedback):
+class Rule(engine.Base):
   """A learning rule of the perturbation engine.
 
   Attributes:
@@ -64,12 +64,7 @@ class Rule(feedback_lib.NoFeedback):
   signs: bool = False
   noise: str | None = None
   loop: bool = False
-
-  def init(self, key, net, variables, x) -> dict[str, Any]:
-    """The rule's feedback: none, {}. Checks that it can train the network."""
-    del key
-    self.check(net.survey(variables, x))
-    return {}
+  _no_bind = 'perturbs the forward pass'
 
   def check(self, survey: Any) -> None:
     """Raises a ValueError for a network that the rule cannot train."""
@@ -107,20 +102,10 @@ class Rule(feedback_lib.NoFeedback):
     return {name: label(calls.get(name)) for name in (*units, *units.exact)
             if name not in units or units[name].info.kind != base.BOUNDARY}
 
-  def predict(self, net: network.Network) -> Callable[..., Any]:
-    """`(variables, x) -> output` in evaluation mode."""
-    return net.apply
-
-  def bind(self, net: network.Network) -> Callable[..., Any]:
-    """Raises: no function's reverse derivative is this rule."""
-    raise ValueError(
-        f'`bind` needs a rule that is linear in the error, and `{self.name}` '
-        'perturbs the forward pass; use `rule.value_and_grad(net, loss)`.')
-
   def value_and_grad(
       self, net: network.Network, loss: base.Loss, *,
       reduction: str | Mapping[str, str] = 'mean') -> Callable[..., Any]:
-    """As `bpjax.credit.Rule.value_and_grad`; `learn` needs a `key` here."""
+    """As `bpjax.engines.credit.Rule.value_and_grad`; `learn` needs a `key` here."""
     reduction_lib.check(reduction)
 
     def learn(variables, feedback, x, y, key=None):
@@ -132,13 +117,9 @@ class Rule(feedback_lib.NoFeedback):
 
     return learn
 
-  def infos(self, net, variables, x):
-    """Unit -> what the rule knows of it before any data."""
-    return net.survey(variables, x).units.infos
-
   def signals(
       self, net, loss, variables, feedback, x, y, key, judge=None):
-    """As `bpjax.credit.Rule.signals`; a readout that is exact has none."""
+    """As `bpjax.engines.credit.Rule.signals`; a readout that is exact has none."""
     del feedback
     _, _, grads, count, signals = self.differentiate(
         net, variables, x, key, judge or Whole(loss, y))

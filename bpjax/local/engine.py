@@ -12,14 +12,14 @@ import dataclasses
 from typing import Any
 
 from bpjax import base
-from bpjax import credit
-from bpjax import local_losses
-from bpjax import located
-from bpjax import perturbation
-from bpjax import reach as reach_lib
-from bpjax import reduction as reduction_lib
-from bpjax import survey as survey_lib
-from bpjax import view as view_lib
+from bpjax.engines import credit
+from bpjax.engines import perturbation
+from bpjax.engines import reduction as reduction_lib
+from bpjax.local import located
+from bpjax.local import losses as local_losses
+from bpjax.local import view as view_lib
+from bpjax.networks import reach as reach_lib
+from bpjax.networks import survey as survey_lib
 import jax
 import jax.numpy as jnp
 
@@ -53,7 +53,7 @@ def local(
   up to that of the block's loss: rules that send errors do not see the
   difference, and no copy is ever made. A perturbation of one patch and group is
   multiplied by the change of the losses that it can reach alone, found from the
-  trace of the model (`bpjax.reach`): less variance, the same mean. Heads get the
+  trace of the model (`bpjax.networks.reach`): less variance, the same mean. Heads get the
   mean of the copies' gradients, which is that of one loss.
 
   Ports (direct feedback alignment) read the error of their own block's
@@ -295,7 +295,7 @@ class Local:
   def value_and_grad(
       self, net: survey_lib.Network, loss: base.Loss, *,
       reduction: str | Mapping[str, str] = 'mean') -> Callable[..., Any]:
-    """As `bpjax.credit.Rule.value_and_grad`.
+    """As `bpjax.engines.credit.Rule.value_and_grad`.
 
     Args:
       net: the network.
@@ -353,7 +353,7 @@ class Local:
     return Losses(self, view, feedback['heads'], loss, y, 0. if again else 1.)
 
   def signals(self, net, loss, variables, feedback, x, y, key):
-    """As `bpjax.credit.Rule.signals`; of several passes, the sum."""
+    """As `bpjax.engines.credit.Rule.signals`; of several passes, the sum."""
     answers = []
     for i, view in enumerate(self.views(net)):
       losses = self._losses(i, view, feedback, loss, y)

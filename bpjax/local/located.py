@@ -13,10 +13,9 @@ import math
 from typing import Any
 
 from bpjax import base
-from bpjax import reach as reach_lib
+from bpjax.networks import reach as reach_lib
 import jax
 import jax.numpy as jnp
-
 
 OUTPUT = '/'  # In names of losses that are of the output: no block has such one.
 
@@ -163,7 +162,7 @@ class Judge:
     """Each perturbation times the change of the losses that it can reach.
 
     Args:
-      plan: what is perturbed, a `bpjax.perturbation.Plan`.
+      plan: what is perturbed, a `bpjax.engines.perturbation.Plan`.
       u: the perturbation of each output.
       v: that of each perturbed parameter.
       change: as `locate` returns it.

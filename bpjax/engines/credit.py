@@ -15,11 +15,11 @@ import inspect
 from typing import Any
 
 from bpjax import base
-from bpjax import checks
 from bpjax import paths
-from bpjax import reduction as reduction_lib
-from bpjax import unit as unit_lib
+from bpjax.engines import checks
+from bpjax.engines import reduction as reduction_lib
 from bpjax.networks import network
+from bpjax.networks import unit as unit_lib
 import jax
 import jax.numpy as jnp
 
@@ -542,9 +542,10 @@ class Rule:
             else infos[source].out)
     out, port = _wrap(
         call.unit, info, rule, read, source == 'output',
-        dict(divisor=divisor(call.name), target=target, step=step))(
+        divisor(call.name))(
         call.params, feedback, call.taught_inputs(), key,
-        call.read(base.TAPS, 'tap'), call.read(base.TAPS, 'readout'))
+        call.read(base.TAPS, 'tap'), call.read(base.TAPS, 'readout'),
+        (target, step))
     if port is not None:
       call.write(base.PORTS, port, 'port')
     return out if probe is None else out + probe
@@ -618,12 +619,11 @@ def _passes_on(info, rule):
   return info.kind == base.BOUNDARY and rule.port(info) is None
 
 
-def _wrap(unit, info, rule, read, from_output, told):
+def _wrap(unit, info, rule, read, from_output, divisor):
   """The unit as a function with the rule for its derivative.
 
   `read` has the shape of the error that the unit's port reads, if any;
-  `from_output` says whether that is the model's own; `told` is what the signal
-  says besides.
+  `from_output` says whether that is the model's own.
   """
   unit.info = info
 
@@ -633,23 +633,24 @@ def _wrap(unit, info, rule, read, from_output, told):
     return pre, out, port
 
   @jax.custom_vjp
-  def call(params, feedback, inputs, key, tap, readout):
-    del feedback, key, tap, readout
+  def call(params, feedback, inputs, key, tap, readout, told):
+    del feedback, key, tap, readout, told
     return primal(params, inputs)[1:]
 
-  def forward(params, feedback, inputs, key, tap, readout):
+  def forward(params, feedback, inputs, key, tap, readout, told):
     pre, out, port = primal(params, inputs)
-    return (out, port), (params, feedback, inputs, pre, out, key, tap, readout)
+    return (out, port), (
+        params, feedback, inputs, pre, out, key, tap, readout, told)
 
   def backward(residuals, cotangents):
-    params, feedback, inputs, pre, out, key, tap, readout = residuals
+    params, feedback, inputs, pre, out, key, tap, readout, told = residuals
     teaching, error = cotangents
     if from_output:
       error = _late(error, teaching)
     activations = base.Activations(inputs, pre, out)
     credit = rule.answer(
         unit, params, feedback, activations,
-        base.Signal(teaching, error, key, **told))
+        base.Signal(teaching, error, key, divisor, *told))
     if tap is not None and credit.source is None:
       raise ValueError(
           f'a port names unit `{info.name}` as its source, and rule '
@@ -664,7 +665,7 @@ def _wrap(unit, info, rule, read, from_output, told):
             _check_messages(info, rule, inputs, messages), None,
             None if tap is None else credit.source,
             None if readout is None else
-            unit.delta(params, activations, teaching).pre)
+            unit.delta(params, activations, teaching).pre, None)
 
   call.defvjp(forward, backward)
   return call

@@ -1,0 +1,1 @@
+"""Losses of their own for the blocks of a model."""

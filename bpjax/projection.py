@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 import math
+from typing import Any
 
 from bpjax import base
 from bpjax.networks import examples
@@ -69,6 +70,23 @@ def project(
     message = message / math.sqrt(math.prod(positions))
     message = jnp.broadcast_to(message, whole)
   return examples.back(message.astype(x.dtype), x.shape, _place(info))
+
+
+def messages(
+    unit: base.BoundUnit, error: base.Array, weights: base.Tree
+) -> tuple[base.Array | None, ...]:
+  """The messages of a unit that projects an error: to one input, if to any."""
+  read = read_input(unit.info)
+  return tuple(
+      project(unit.info, error, weights, x)
+      if i == read and sends(unit.info) else None
+      for i, x in enumerate(unit.inputs))
+
+
+def dtype(params: base.Tree, info: base.UnitInfo) -> Any:
+  """That of the unit's parameters; of what it passes on for a boundary."""
+  leaves = jax.tree.leaves(params) or [info.out]
+  return leaves[0].dtype
 
 
 def _place(info):

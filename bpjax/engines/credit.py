@@ -197,18 +197,15 @@ class Rule:
     self.check(survey)
     infos = self._told(survey.units.infos)
 
-    def draw(key, params):
-      key, shared_key = jax.random.split(key)
-      feedback = net.draw_feedback(
-          key, variables, x, params,
-          {name: self._drawer(name, info) for name, info in infos.items()})
-      shared = self._init_shared(shared_key, infos)
-      if any(rule.counts or rule.advance
-             for rule, _ in self._members(infos).values()):
-        shared[STEP] = jnp.zeros((), jnp.int32)
-      return {**feedback, SHARED: shared} if shared else feedback
-
-    feedback = jax.jit(draw)(key, variables['params'])
+    key, shared_key = jax.random.split(key)
+    feedback = net.draw_feedback(
+        key, variables, x, variables['params'],
+        {name: self._drawer(name, info) for name, info in infos.items()})
+    shared = jax.jit(lambda key: self._init_shared(key, infos))(shared_key)
+    if any(rule.counts or rule.advance
+           for rule, _ in self._members(infos).values()):
+      shared[STEP] = jnp.zeros((), jnp.int32)
+    feedback = {**feedback, SHARED: shared} if shared else feedback
     survey.feedback_shapes[self] = _shapes(feedback)
     return feedback
 

@@ -416,7 +416,6 @@ class TraceUnit(unit_lib.PureUnit):
   def __init__(self, step: trace_lib.Step, entry: Entry | None):
     self.step = step
     self.owns_activation = bool(step.tail)
-    self.affine_module = self
     self._names = _param_names(step, entry)
     self.weights_name = self._names.get(step.weights)
 
@@ -472,16 +471,26 @@ def _drawn_together(key, drawers):
     same = (str(closed.jaxpr), jax.tree.structure(out),
             *([] if not closed.consts else [name]))
     programs.setdefault(same, (one, []))[1].append((i, name))
-  drawn = {}
-  for one, members in programs.values():
-    # One after the other: XLA compiles a loop's body once, and makes a program
-    # of its own of every slice of what it draws at once.
-    together = jax.lax.map(
+
+  def draw_all(key):
+    # One after the other: XLA compiles a loop's body once.
+    return [jax.lax.map(
         lambda i, one=one: one(jax.random.fold_in(key, i)),
         jnp.array([i for i, _ in members]))
+            for one, members in programs.values()]
+
+  drawn = {}
+  stacks = jax.jit(draw_all)(key)
+  for together, (_, members) in zip(stacks, programs.values()):
     for i, (_, name) in enumerate(members):
-      drawn[name] = jax.tree.map(lambda a: a[i], together)  # pylint: disable=cell-var-from-loop
+      drawn[name] = jax.tree.map(lambda a: _row(a, i), together)  # pylint: disable=cell-var-from-loop
   return drawn
+
+
+@jax.jit
+def _row(stack, i):
+  """One of several; compiled once a shape, and not once a row."""
+  return jax.lax.dynamic_index_in_dim(stack, i, 0, keepdims=False)
 
 
 def _slices(draw, shapes, lengths, key):

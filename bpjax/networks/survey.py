@@ -125,7 +125,7 @@ class Network:
     if self._latest is None:
       raise ValueError(
           '`net.units` is not known before the network has seen an input; call '
-          '`net.init(key, x)` first.')
+          '`net.init(key, x)` or `rule.init` first.')
     return self._latest.units
 
   def survey(self, variables: Mapping[str, Any], x: Any) -> Survey:

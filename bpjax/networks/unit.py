@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from bpjax import base
@@ -12,7 +11,6 @@ import jax.numpy as jnp
 
 GAIN_TRANSPORTS = ('exact', 'feedback_diag')
 GAIN = '_gain'  # Name of the function whose message leaves a gain out.
-BARE = 'value'  # Name of the variable that holds a collection's bare array.
 
 
 class PureUnit:
@@ -20,11 +18,9 @@ class PureUnit:
 
   Attributes:
     info: what is known of the unit, once its network has been surveyed.
-    affine_module: its affine operation.
     owns_activation: whether anything follows that operation inside the unit.
   """
   info: base.UnitInfo | None = None
-  affine_module: Any
   owns_activation: bool
 
   def _apply(self, params, inputs, replacement=None):
@@ -105,9 +101,6 @@ class Boundary(PureUnit):
   """The output of a module as a unit: the identity, without parameters."""
   owns_activation = False
 
-  def __init__(self):
-    self.affine_module = self
-
   def _apply(self, params, inputs, replacement=None):
     return inputs[0], inputs[0]
 
@@ -136,42 +129,6 @@ def check_block(name: str, out: Any) -> None:
     raise ValueError(
         f'block `{name}` must return one array of floats, got '
         f'{type(out).__name__}; name a module inside or around it.')
-
-
-def detached(tree: Any) -> Any:
-  """`tree` with its arrays as constants."""
-  return jax.tree.map(
-      lambda leaf: jax.lax.stop_gradient(leaf) if _is_array(leaf) else leaf,
-      tree)
-
-
-def take_apart(
-    function: Callable[..., Any], args: tuple[Any, ...],
-    kwargs: Mapping[str, Any]
-) -> tuple[tuple[base.Array, ...], Callable[..., Any]]:
-  """The arrays among a call's arguments, and how to put others in their place.
-
-  Args:
-    function: what is called; its signature gives the arguments their order.
-    args: the positional arguments.
-    kwargs: the keyword arguments.
-
-  Returns:
-    The arrays, and `arguments(arrays) -> (args, kwargs)`, which holds none.
-  """
-  bound = inspect.signature(function).bind(*args, **kwargs)
-  leaves, structure = jax.tree.flatten((bound.args, bound.kwargs))
-  slots = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
-  inputs = tuple(jnp.asarray(leaves[i]) for i in slots)
-  rest = [None if _is_array(leaf) else leaf for leaf in leaves]
-
-  def arguments(inputs):
-    filled = list(rest)
-    for slot, value in zip(slots, inputs):
-      filled[slot] = value
-    return jax.tree.unflatten(structure, filled)
-
-  return inputs, arguments
 
 
 def uses_the_batch(
@@ -228,28 +185,6 @@ def _gain_backward(residuals, teaching):
 
 
 _gain.defvjp(lambda x, scale: (x * scale, (x,)), _gain_backward)
-
-
-def pack(tree: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:
-  """Public form of a per-unit tree -> Flax collection.
-
-  A unit whose part is a bare array has no name for it in public; Flax needs
-  one. It is a bare array where `params` holds a module, and at a boundary.
-  """
-  if not isinstance(tree, Mapping):
-    return {BARE: tree} if isinstance(params, Mapping) else tree
-  inside = dict(params) if isinstance(params, Mapping) else {}
-  inside[base.BOUNDARY.lower()] = {}
-  return {k: pack(v, inside.get(k)) for k, v in tree.items()}
-
-
-def unpack(tree: Any) -> Any:
-  """Flax collection -> public form; the inverse of `pack`."""
-  if not isinstance(tree, Mapping):
-    return tree
-  if set(tree) == {BARE}:
-    return tree[BARE]
-  return {k: unpack(v) for k, v in tree.items()}
 
 
 def _is_array(leaf):

@@ -113,7 +113,7 @@ def direct_feedback_alignment(
       return None
     n_out, *shape = projection.feedback_shape(info)
     std = scale / math.sqrt(connections or n_out)
-    return draw(key, n_out, shape, _dtype(params, info), std)
+    return draw(key, n_out, shape, projection.dtype(params, info), std)
 
   def init_shared(key, units):
     shapes = [projection.feedback_shape(i) for i in units.values() if projects(i)]
@@ -127,7 +127,7 @@ def direct_feedback_alignment(
           'flattened; use `shared=False`.')
     largest = max(math.prod(shape[1:]) for shape in shapes)
     first = next(iter(units.values()))
-    return draw(key, n_outs[0], (largest,), _dtype(first.params, first), scale)
+    return draw(key, n_outs[0], (largest,), projection.dtype(first.params, first), scale)
 
   def weights(info, feedback):
     """B of one unit, [n_out or connections, *its input]."""
@@ -186,9 +186,3 @@ def direct_feedback_alignment(
       init_unit=init_unit, init_shared=init_shared if shared else None,
       port=lambda info: 'output' if projects(info) else None,
       check_units=check_units, linear=True, weight_target=weight_target)
-
-
-def _dtype(params, info):
-  """That of the unit's parameters; of what it passes on for a boundary."""
-  leaves = jax.tree.leaves(params) or [info.out]
-  return leaves[0].dtype

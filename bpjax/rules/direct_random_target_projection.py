@@ -53,18 +53,14 @@ def direct_random_target_projection(scale: float = 1.) -> credit.Rule:
     if not projection.sends(info):
       return None
     shape = projection.feedback_shape(info)
-    dtype = jax.tree.leaves(params)[0].dtype if params else info.out.dtype
-    return scale / math.sqrt(shape[0]) * jax.random.normal(key, shape, dtype)
+    return scale / math.sqrt(shape[0]) * jax.random.normal(
+        key, shape, projection.dtype(params, info))
 
   def backward(unit, feedback, signal):
-    messages = [None] * len(unit.inputs)
-    if projection.sends(unit.info):
-      i = projection.read_input(unit.info)
-      target = _like_output(signal.target, unit.info.net_output)
-      messages[i] = projection.project(
-          unit.info, target, feedback, unit.inputs[i])
+    target = _like_output(signal.target, unit.info.net_output)
     return base.Credit(
-        unit.grad(unit.delta(signal.teaching)), tuple(messages))
+        unit.grad(unit.delta(signal.teaching)),
+        projection.messages(unit, target, feedback))
 
   return credit.Rule(
       name='direct_random_target_projection', init_unit=init_unit,

@@ -474,9 +474,9 @@ def _drawn_together(key, drawers):
 
   def draw_all(key):
     # One after the other: XLA compiles a loop's body once.
-    return [jax.lax.map(
-        lambda i, one=one: one(jax.random.fold_in(key, i)),
-        jnp.array([i for i, _ in members]))
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(
+        jnp.arange(len(drawers)))
+    return [jax.lax.map(one, keys[jnp.array([i for i, _ in members])])
             for one, members in programs.values()]
 
   drawn = {}

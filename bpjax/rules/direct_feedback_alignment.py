@@ -9,6 +9,7 @@ networks with direct feedback alignment, Launay, Poli and Krzakala, 2019
 import math
 
 from bpjax import base
+from bpjax import feedback as feedback_lib
 from bpjax import projection
 from bpjax.engines import credit
 import jax
@@ -97,7 +98,7 @@ def direct_feedback_alignment(
   def draw(key, n_out, shape, dtype, std):
     """B as it is kept: whole, or the entries of the error that are read."""
     if not connections:
-      return std * jax.random.normal(key, (n_out, *shape), dtype)
+      return std * feedback_lib.normal(key, (n_out, *shape), dtype)
     if connections > n_out:
       raise ValueError(
           f'`connections` must be at most the {n_out} entries of the error, '

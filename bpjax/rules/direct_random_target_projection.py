@@ -8,6 +8,7 @@ Neuroscience 2021 (https://arxiv.org/abs/1909.01311).
 import math
 
 from bpjax import base
+from bpjax import feedback as feedback_lib
 from bpjax import projection
 from bpjax.engines import credit
 import jax
@@ -53,7 +54,7 @@ def direct_random_target_projection(scale: float = 1.) -> credit.Rule:
     if not projection.sends(info):
       return None
     shape = projection.feedback_shape(info)
-    return scale / math.sqrt(shape[0]) * jax.random.normal(
+    return scale / math.sqrt(shape[0]) * feedback_lib.normal(
         key, shape, projection.dtype(params, info))
 
   def backward(unit, feedback, signal):

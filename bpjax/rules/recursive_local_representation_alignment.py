@@ -206,7 +206,7 @@ def recursive_local_representation_alignment(
       read = info.net_output if source == _OUTPUT else info.outs[source]
       shape = info.out.shape[1:]
       feedback[_DIRECT] = (
-          scale / math.sqrt(math.prod(shape)) * jax.random.normal(
+          scale / math.sqrt(math.prod(shape)) * feedback_lib.normal(
               direct_key, (*read.shape[1:], *shape), info.out.dtype))
     return feedback or None
 

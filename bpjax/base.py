@@ -141,6 +141,8 @@ class UnitInfo:
     given_examples: for each input where its examples lie, see
       `bpjax.networks.examples`; None: on the first axis.
     examples: where they lie in `out`.
+    by_example: whether each example has weights of its own (those of an expert
+      that the data picks), so that the operation has one batch size.
   """
   name: str
   kind: str
@@ -165,6 +167,7 @@ class UnitInfo:
   operation: str = ''
   given_examples: tuple[tuple[int, int, int] | None, ...] = ()
   examples: tuple[int, int, int] | None = None
+  by_example: bool = False
 
 
 class Delta(NamedTuple):

@@ -22,8 +22,8 @@ class FlagError(Exception):
 
 
 def main(
-    name: str, measure: Callable[[str], tuple[dict[str, Any], list[str]]]
-) -> None:
+    name: str, measure: Callable[[str], tuple[dict[str, Any], list[str]]],
+    plot: bool = True) -> None:
   """Runs a script: its flags, `measure`, its file; never returns.
 
   Exits with 2 for flags that make no sense, with 1 where something measured is
@@ -33,19 +33,22 @@ def main(
     name: of the script, without '.py'.
     measure: `(path of the plot) -> (record, what is out of bounds)`; prints its
       tables. The record is what `--output` holds.
+    plot: whether there is one; without, the path is ''.
 
   Example (a script's last line):
     measurement.main('local_fg_memory', _measure)
   """
   flags.disclaim_key_flags()
   output = flags.DEFINE_string('output', '', 'JSON file for the results.')
-  picture = flags.DEFINE_string('picture', f'{name}.png', 'The plot.')
+  if plot:
+    flags.DEFINE_string('picture', f'{name}.png', 'The plot.')
 
   def run(argv):
     del argv
     logging.set_verbosity(logging.ERROR)  # Of libraries.
+    picture = flags.FLAGS.picture if plot else ''
     try:
-      record, wrong = measure(picture.value)
+      record, wrong = measure(picture)
     except FlagError as error:
       print(f'error: {error}', file=sys.stderr)
       sys.exit(2)
@@ -55,7 +58,8 @@ def main(
       with open(output.value, 'w', encoding='utf-8') as file:
         json.dump({**head, **_rounded(record)}, file, indent=1)
         file.write('\n')
-    print(f'plot: {picture.value}')
+    if plot:
+      print(f'plot: {picture}')
     for line in wrong:
       print(f'outside: {line}', file=sys.stderr)
     if wrong:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import dataclasses
 from typing import Any, NamedTuple
 
+import bpjax
 import flax
 from flax import nnx
 import flax.linen as nn
@@ -41,6 +42,18 @@ class Architecture(NamedTuple):
   loss: Callable[[Any, Any], jax.Array]
   units: tuple[str, ...]
   exact: frozenset[str] = frozenset()
+
+
+def network(architecture: Architecture) -> tuple[Any, dict[str, Any]]:
+  """The architecture as a network of bpjax, and its variables."""
+  if architecture.api == 'function':
+    apply, params = architecture.make()
+    return bpjax.from_function(apply), {'params': params}
+  if architecture.api == 'nnx':
+    net = bpjax.from_nnx(architecture.make())
+    return net, net.init(jax.random.key(1), architecture.x)
+  net = bpjax.from_linen(architecture.make())
+  return net, jax.jit(net.init)(jax.random.key(1), architecture.x)
 
 
 # -----------------------------------------------------------------------------

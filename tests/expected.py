@@ -42,7 +42,7 @@ def mean_update(rule, net, loss, variables, x, y, key, feedback=None):
 
 
 def gradient(net, loss, variables, x, y, key):
-  """`jax.grad` of the model as the perturbation engine calls it."""
+  """`jax.grad` of the model in training mode, as the engines call it."""
   state = {c: v for c, v in variables.items() if c != 'params'}
   for _ in range(2):
     key, _ = jax.random.split(key)
@@ -50,6 +50,12 @@ def gradient(net, loss, variables, x, y, key):
   def total(params):
     notes = network.Notes(lambda kind, name, module: False)
     output, _ = net._call(params, state, x, key, True, notes)  # pylint: disable=protected-access
-    return jnp.mean(loss(output, y))
+    losses = loss(output, y)
+    return jnp.sum(losses), losses.size
 
-  return jax.jit(jax.grad(total, allow_int=True))(variables['params'])
+  # Of the sum, as rules are taught: a derivative of an author's own need not be
+  # linear in the error.
+  grads, size = jax.jit(jax.grad(total, has_aux=True, allow_int=True))(
+      variables['params'])
+  return jax.tree.map(
+      lambda g: g / size if jnp.issubdtype(g.dtype, jnp.inexact) else g, grads)

@@ -73,7 +73,9 @@ class Rule(engine.Base):
   def particles(
       self, net: network.Network, variables: Mapping[str, Any], x: Any
   ) -> base.Tree:
-    """States to begin with, all 0: nested as `params` is, then by call.
+    """States to begin with: nested as `params` is, then by call.
+
+    All are 0, but for a unit whose activation has no slope there (relu): 1.
 
     Args:
       net: the network.
@@ -86,16 +88,16 @@ class Rule(engine.Base):
     """
     net = self.seen_by(net, variables, x)
     self.check(net.survey(variables, x))
-    return _System(self, net, variables, x, None).zeros()
+    return _System(self, net, variables, x, None).start()
 
   def predict(self, net: network.Network) -> Callable[..., Any]:
-    """`(variables, x) -> output` at the end of a free phase from 0."""
+    """`(variables, x) -> output` at the end of a free phase from `particles`."""
 
     def predict(variables, x):
       seen = self.seen_by(net, variables, x)
       self.check(seen.survey(variables, x))
       system = _System(self, seen, variables, x, None, train=False)
-      states = system.settle(variables['params'], system.zeros(),
+      states = system.settle(variables['params'], system.start(),
                              self.free_steps)
       return system.energy(variables['params'], states)[1][0]
 
@@ -145,7 +147,7 @@ class Rule(engine.Base):
     params = variables['params']
     begin = variables.get(base.PARTICLES)
     free = system.settle(
-        params, system.zeros() if begin is None else begin, self.free_steps)
+        params, system.start() if begin is None else begin, self.free_steps)
     _, (output, state) = system.energy(params, free)
     losses = loss(output, y)
     reduction_lib.check_losses(losses, output)
@@ -180,19 +182,30 @@ class _System:
     self._state = {
         c: v for c, v in variables.items() if c not in ('params', base.PARTICLES)}
 
-  def zeros(self):
-    """States of 0, in the structure that the model's own scans need."""
+  def start(self):
+    """States of 0, in the structure that the model's own scans need.
+
+    Those of a unit whose activation has no slope at 0, such as relu, would stay
+    there: they begin at 1.
+    """
 
     def visit(call):
-      if self._infos[call.name].kind == base.BOUNDARY:
+      info = self._infos[call.name]
+      if info.kind == base.BOUNDARY:
         return call.original()
-      pre, out = call.unit(call.params, call.inputs)
-      call.write(base.PARTICLES, jnp.zeros_like(pre), _STATE)
-      return out
+      activation = lambda s: call.unit.activation(call.params, s, call.inputs)
+      state = jnp.zeros_like(call.unit(call.params, call.inputs)[0])
+      if info.owns_activation:
+        out, pull = jax.vjp(activation, state)
+        # In any direction; a norm's slopes add up to 0.
+        slope, = pull(jnp.zeros_like(out) + jax.random.normal(
+            jax.random.key(0), out.shape, out.dtype))
+        alive = jnp.any(slope != 0) & jnp.all(jnp.isfinite(slope))
+        state = jnp.where(alive, state, 1)
+      call.write(base.PARTICLES, state, _STATE)
+      return activation(state)
 
-    shapes = jax.eval_shape(
-        lambda p: self._run(p, {}, visit)[1][base.PARTICLES], self._params)
-    return jax.tree.map(credit.zeros_like_output, shapes)
+    return self._run(self._params, {}, visit)[1][base.PARTICLES]
 
   def energy(self, params, states):
     """The energy of all examples together; and the output and the state."""

@@ -10,6 +10,11 @@ import jax.numpy as jnp
 Place = tuple[int, int, int]
 
 
+def first_place(shape: tuple[int, ...]) -> Place:
+  """Where examples lie that have the first axis to themselves."""
+  return 0, 1, shape[0]
+
+
 def first(x: base.Array, place: Place | None) -> base.Array:
   """`x` as `[batch, ...]`, with the axes around the examples' in their order.
 
@@ -23,7 +28,7 @@ def first(x: base.Array, place: Place | None) -> base.Array:
     >>> first(folded, (0, 5, 3)).shape
     (3, 5, 4)
   """
-  if place is None or place == (0, 1, x.shape[0]):
+  if place is None or place == first_place(x.shape):
     return x
   axis, parts, own = _parts(x.shape, place)
   x = x.reshape(*x.shape[:axis], *parts, *x.shape[axis + 1:])
@@ -32,9 +37,15 @@ def first(x: base.Array, place: Place | None) -> base.Array:
 
 def back(
     x: base.Array, shape: tuple[int, ...], place: Place | None) -> base.Array:
-  """The inverse of `first`, for an array that had this shape."""
-  if place is None or place == (0, 1, shape[0]):
+  """The inverse of `first`, for an array that had this shape.
+
+  Or that would have it, with as many examples as `place` says.
+  """
+  if place is None or place == first_place(shape):
     return x
+  axis, stride, count = place
+  place = (axis, stride, len(x))
+  shape = (*shape[:axis], shape[axis] // count * len(x), *shape[axis + 1:])
   axis, parts, own = _parts(shape, place)
   return jnp.moveaxis(x, 0, axis + own).reshape(shape)
 

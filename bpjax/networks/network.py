@@ -439,7 +439,8 @@ class TraceUnit(unit_lib.PureUnit):
     # The segment is left out, not only its result.
     step = self.step
     size = step.inputs[0].aval.shape[0]
-    if step.has_head and inputs[0].shape[0] != size:
+    if (step.has_head or self.info and self.info.by_example) and (
+        inputs[0].shape[0] != size):
       return self._in_parts(params, inputs, size)
     env = {v: _at(params, name) for v, name in self._names.items()}
     env.update(zip(step.inputs, inputs))
@@ -448,12 +449,21 @@ class TraceUnit(unit_lib.PureUnit):
   def _in_parts(self, params, inputs, size):
     """`affine` for another batch size than that of the trace.
 
-    What a module does to its input may have the size in its equations.
+    What a module does to its input may have the size in its equations, and
+    examples may have weights of their own. Whole numbers stay as they are.
     """
     count = inputs[0].shape[0]
     parts = -(-count // size)
-    cut = [jnp.resize(x, (parts, size, *x.shape[1:])) for x in inputs]
-    out = jax.vmap(lambda *own: self.affine(params, own))(*cut)
+    cut = {i: jnp.resize(x, (parts, size, *x.shape[1:]))
+           for i, x in enumerate(inputs) if jnp.issubdtype(x.dtype, jnp.inexact)}
+
+    def one(part):
+      own = tuple(part.get(i, x) for i, x in enumerate(inputs))
+      return self.affine(params, own)
+
+    # Ragged products cannot be batched.
+    loop = jax.lax.map if self.info.by_example else lambda f, xs: jax.vmap(f)(xs)
+    out = loop(one, cut)
     return out.reshape(-1, *out.shape[2:])[:count]
 
 
@@ -874,6 +884,7 @@ def _info(name, unit, step, entry, traced, variables, calls, flow,
   shape = lambda v: jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype)
   inputs = tuple(map(shape, step.inputs))
   kind, operation, params, summed = base.BOUNDARY, '', {}, None
+  by_example = False
   positionwise, features = len(inputs[0].shape) == 3, 1
   if not positionwise:
     features = len(inputs[0].shape) - 1
@@ -886,8 +897,10 @@ def _info(name, unit, step, entry, traced, variables, calls, flow,
   out = shape(step.out)
   pre = shape(step.pre or step.out)
   given, made = examples.get((name, step.index), ((None,) * len(inputs), None))
+  if entry is not None:
+    by_example = _by_example(step, given[0])
   return base.UnitInfo(
-      given_examples=given, examples=made,
+      given_examples=given, examples=made, by_example=by_example,
       name=name, kind=kind, operation=operation, inputs=inputs, pre=pre, out=out, params=params,
       net_output=traced.error, is_output=name in flow.readouts,
       sends=name in found.sends, taught=name in found.taught,
@@ -975,6 +988,15 @@ def _unit_params(entry, step, params):
       name = _bias_name(name)
     shapes[name] = jax.ShapeDtypeStruct(size, value.dtype)
   return paths.nest(shapes)
+
+
+def _by_example(step, place):
+  """Whether a product pairs each example with weights of its own."""
+  if step.operation != 'dot_general':
+    return step.operation.startswith('ragged_dot')
+  _, batch = step.eqn.params['dimension_numbers']
+  side = list(step.eqn.invars[:2]).index(step.weights)
+  return (place[0] if place else 0) in batch[1 - side]
 
 
 def _contraction(step):

@@ -60,7 +60,8 @@ def equilibrium_propagation(
     A rule without feedback. `aux.model_state['particles']` holds the states at
     the end of the free phase, one row an example: given back in `variables` with
     the same examples, the next free phase goes on from there. `rule.predict`
-    settles from 0.
+    settles from `rule.particles`: 0, or 1 for a unit whose activation has no
+    slope at 0 (relu), which would never leave it.
 
   Raises:
     ValueError: for a value out of range; for a network that normalises over the

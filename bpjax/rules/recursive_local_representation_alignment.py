@@ -12,6 +12,7 @@ from bpjax import base
 from bpjax import feedback as feedback_lib
 from bpjax import paths
 from bpjax.engines import credit
+from bpjax.networks import examples
 import jax
 from jax.interpreters import partial_eval
 import jax.numpy as jnp
@@ -195,6 +196,12 @@ def recursive_local_representation_alignment(
             'them lies something that no unit owns, a norm or a residual; put '
             'it into a unit, as bpjax.nn.Layer does with `skip`, or give a '
             f"mapping that wires `{name}` to 'output'.")
+      above = units.get(source)
+      if port(info) == source and above is not None and above.examples not in (
+          None, examples.first_place(above.out.shape)):
+        raise ValueError(
+            f'unit `{name}` cannot read the error of `{source}`, which has its '
+            "examples on another axis than the first; wire it to 'output'.")
 
   def init_unit(key, info, params):
     weights_key, direct_key = jax.random.split(key)
@@ -204,7 +211,8 @@ def recursive_local_representation_alignment(
     source = port(info)
     if source is not None:
       read = info.net_output if source == _OUTPUT else info.outs[source]
-      shape = info.out.shape[1:]
+      shape = jax.eval_shape(
+          lambda out: examples.first(out, info.examples), info.out).shape[1:]
       feedback[_DIRECT] = (
           scale / math.sqrt(math.prod(shape)) * feedback_lib.normal(
               direct_key, (*read.shape[1:], *shape), info.out.dtype))
@@ -237,7 +245,9 @@ def recursive_local_representation_alignment(
     else:
       moved = signal.teaching
       if read is not None:
-        moved = jnp.tensordot(read, feedback[_DIRECT], read.ndim - 1)
+        moved = examples.back(
+            jnp.tensordot(read, feedback[_DIRECT], read.ndim - 1),
+            activations.out.shape, info.examples)
       target = unit.activation(
           params, activations.pre - beta * moved, activations.inputs)
       error = activations.out - target
@@ -265,11 +275,12 @@ def recursive_local_representation_alignment(
     if feedback and _DIRECT in feedback:
       learned = {**learned, _DIRECT: jnp.zeros_like(feedback[_DIRECT])}
       if direct_update == 'eq6':
-        learned[_DIRECT] = gamma * jnp.tensordot(read, moved, ((0,), (0,)))
+        learned[_DIRECT] = gamma * jnp.tensordot(
+            read, examples.first(moved, info.examples), ((0,), (0,)))
       elif direct_update == 'dx':
+        slope = _slope(unit, params, activations, beta * moved, error)
         learned[_DIRECT] = gamma * beta * jnp.tensordot(
-            read, _slope(unit, params, activations, beta * moved, error),
-            ((0,), (0,)))
+            read, examples.first(slope, info.examples), ((0,), (0,)))
     return base.Credit(
         params=within(updates, signal.divisor), inputs=messages,
         feedback=within(learned, signal.divisor) or None, source=error)

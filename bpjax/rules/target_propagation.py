@@ -98,7 +98,9 @@ def propagation(
   phi = activations_lib.get(inverse)
 
   def has_inverse(info):
-    return info.sends and (top == 'inverse' or not info.is_output)
+    # Of a lookup there is none: nothing below whole numbers has a target.
+    return info.sends and (top == 'inverse' or not info.is_output) and (
+        jnp.issubdtype(info.inputs[0].dtype, jnp.inexact))
 
   def check_units(units):
     for unit, info in units.items():
@@ -139,7 +141,7 @@ def propagation(
     delta = unit.delta(params, activations, mistake * signal.teaching)
     updates = unit.params_vjp(params, activations, delta)
     if not has_inverse(info):
-      if info.sends:
+      if info.sends and info.is_output:
         sent = unit.inputs_vjp(params, params, activations, delta)
         messages = [None if m is None else step * m for m in sent]
       return base.Credit(updates, tuple(messages))
@@ -172,7 +174,8 @@ def propagation(
 
   return credit.Rule(
       name=name, backward=backward, init_unit=init_unit,
-      check_units=check_units, learns_feedback=True, stochastic=sigma > 0, segment='rank')
+      check_units=check_units, learns_feedback=True, stochastic=sigma > 0,
+      segment='rank')
 
 
 def _kernel(params):

@@ -4,11 +4,14 @@ Deep learning without weight transport, Akrout, Wilson, Humphreys, Lillicrap and
 Tweed, NeurIPS 2019 (https://arxiv.org/abs/1904.05391).
 """
 
+import functools
+
 from bpjax import base
 from bpjax import feedback as feedback_lib
 from bpjax import paths
 from bpjax.activations import get as activation_named
 from bpjax.engines import credit
+from bpjax.networks import examples
 from bpjax.rules.feedback_alignment import feedback_alignment
 import jax
 import jax.numpy as jnp
@@ -33,7 +36,9 @@ def weight_mirror(
   the identity B comes to :math:`(\eta \sigma^2 / \lambda) W`, and to W itself
   with the defaults. The term depends on the key and on shapes, not on the data.
   In a convolution each tap of the kernel is divided by the number of positions
-  that it sees, since padding hides some of them from the outer taps.
+  that it sees, since padding hides some of them from the outer taps. Of weights
+  that the data picks for each example (experts), the term is the mean over
+  examples, so that those seldom picked move slowly.
 
   It is a term of `feedback_grads`, gradient-signed: the step above is SGD with
   learning rate 1 on the feedback, an optimiser of its own
@@ -97,6 +102,23 @@ def weight_mirror(
 
   def mirror(unit, params, inputs, key):
     """x^T y / M, each weight's sum divided by the positions that it sees."""
+    places = unit.info.given_examples or (None,) * len(inputs)
+
+    def filled(count, make):
+      """`make(number, shape, dtype)` for each input, of `count` examples.
+
+      Whole numbers, such as how many examples an expert has, stay.
+      """
+      made = []
+      for i, (x, place) in enumerate(zip(inputs, places)):
+        if not jnp.issubdtype(x.dtype, jnp.inexact):
+          made.append(x)
+          continue
+        first = jax.eval_shape(functools.partial(examples.first, place=place), x)
+        made.append(examples.back(
+            make(i, (count, *first.shape[1:]), x.dtype), x.shape, place))
+      return tuple(made)
+
     if not bias:
       params = paths.map_with_name(
           lambda name, p: (
@@ -109,22 +131,27 @@ def weight_mirror(
           unit.params_vjp(params, seen, base.Delta(y)))
 
     keys = jax.random.split(key, len(inputs))
-    x = tuple(
-        draw(k, (samples, *i.shape[1:]), i.dtype) for k, i in zip(keys, inputs))
+    x = filled(samples, lambda i, *like: draw(keys[i], *like))
     y = psi(unit.affine(params, x))
-    ones = tuple(jnp.ones((1, *i.shape[1:]), i.dtype) for i in inputs)
-    positions = correlation(ones, jnp.ones((1, *y.shape[1:]), y.dtype))
+    # Where the data picks the weights, each set has examples of its own.
+    few = inputs[0].shape[0] if unit.info.by_example else 1
+    ones = filled(few, lambda i, *like: jnp.ones(*like))
+    positions = correlation(ones, jnp.ones_like(unit.affine(params, ones)))
     return jax.tree.map(
-        lambda c, n: c / (samples * n), correlation(x, y), positions)
+        lambda c, n: c * few / (samples * jnp.where(n == 0, 1, n)),
+        correlation(x, y), positions)
 
   def backward(unit, params, feedback, activations, signal):
     aligned = alignment.backward(unit, params, feedback, activations, signal)
-    if not feedback:
+    if not feedback or not unit.info.sends:  # A lookup in a readout's weights.
       return aligned
     echo = mirror(unit, params, activations.inputs, signal.key)
     # The engine divides by the number of losses; this is no sum over examples.
+    factor = signal.divisor
+    if unit.info.by_example:
+      factor = factor / len(activations.inputs[0])
     update = jax.tree.map(
-        lambda b, c: signal.divisor * (decay * b - rate * c), feedback, echo)
+        lambda b, c: factor * (decay * b - rate * c), feedback, echo)
     return aligned._replace(feedback=update)
 
   return credit.Rule(

@@ -314,7 +314,8 @@ class Alignment(NamedTuple):
     weight: cosine between the unit's weights and what the rule aligns them
       with (its feedback for feedback alignment); NaN where nothing is defined.
     backprop_norm: the norm of backprop's own mean gradient of the unit's
-      parameters (of a boundary, of its teaching signals, by the number of rows): a cosine with next to nothing says nothing.
+      parameters (of a boundary, of its teaching signals, by the number of rows):
+      a cosine with next to nothing says nothing.
   """
   teaching: Array
   teaching_std: Array

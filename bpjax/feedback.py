@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+import functools
 import math
 from typing import Any
 
@@ -68,6 +69,58 @@ def fan_in(info: base.UnitInfo, shape: tuple[int, ...]) -> int:
   if info.positionwise:
     return math.prod(shape[:info.feature_axes])
   return math.prod(shape[:-1])
+
+
+def drawn_together(
+    key: base.Key, drawers: Mapping[str, tuple[Any, base.Tree, tuple[int, ...]]]
+) -> dict[str, base.Tree]:
+  """Draws the feedback of many units; what is drawn alike is compiled once.
+
+  Args:
+    key: a random key.
+    drawers: unit -> `draw(key, shapes)`, the shapes, and the lengths of the loops
+      that hand out a slice a turn: each slice gets feedback of its own.
+
+  Returns:
+    Unit -> what it draws.
+  """
+  if not drawers:
+    return {}
+  programs = {}
+  for i, (name, (draw, shapes, lengths)) in enumerate(drawers.items()):
+    one = functools.partial(_slices, draw, shapes, lengths)
+    closed, out = jax.make_jaxpr(one, return_shape=True)(key)
+    same = (str(closed.jaxpr), jax.tree.structure(out),
+            *([] if not closed.consts else [name]))
+    programs.setdefault(same, (one, []))[1].append((i, name))
+
+  def draw_all(key):
+    # One after the other: XLA compiles a loop's body once.
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(
+        jnp.arange(len(drawers)))
+    return [jax.lax.map(one, keys[jnp.array([i for i, _ in members])])
+            for one, members in programs.values()]
+
+  drawn = {}
+  stacks = jax.jit(draw_all)(key)
+  for together, (_, members) in zip(stacks, programs.values()):
+    for i, (_, name) in enumerate(members):
+      drawn[name] = jax.tree.map(lambda a: _row(a, i), together)  # pylint: disable=cell-var-from-loop
+  return drawn
+
+
+@jax.jit
+def _row(stack, i):
+  """One of several; compiled once a shape, and not once a row."""
+  return jax.lax.dynamic_index_in_dim(stack, i, 0, keepdims=False)
+
+
+def _slices(draw, shapes, lengths, key):
+  """What is drawn for every slice that loops hand out."""
+  one = lambda key: draw(key, shapes)
+  for _ in lengths:
+    one = jax.vmap(one)
+  return one(jax.random.split(key, lengths) if lengths else key)
 
 
 def cosine(a: base.Tree, b: base.Tree) -> base.Array:

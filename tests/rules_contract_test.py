@@ -45,7 +45,8 @@ class ContractTest(parameterized.TestCase):
       bpjax.testing.check_rule(broken)
 
   @parameterized.parameters(
-      ('still', 'hidden layers learn'), ('backwards', 'the loss halves|hidden layers learn'),
+      ('still', 'hidden layers learn'),
+      ('backwards', 'the loss halves|hidden layers learn'),
       ('wrong_sign', 'the right sign'), ('sign', 'is linear in the error'),
       ('dense_only', 'a convolution works'))
   def test_rules_that_look_right_are_found_out(self, how, message):

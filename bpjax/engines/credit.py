@@ -18,6 +18,7 @@ from bpjax import base
 from bpjax import paths
 from bpjax.engines import checks
 from bpjax.engines import reduction as reduction_lib
+from bpjax.networks import flow as flow_lib
 from bpjax.networks import network
 from bpjax.networks import unit as unit_lib
 import jax
@@ -483,20 +484,12 @@ class Rule:
       signals: under each unit's name an array for each of its calls.
     """
     net = self.seen_by(net, variables, x)
-
-    def visit(call):
-      out = call.original()
-      call.write(base.PROBES, jnp.zeros_like(out), 'call')
-      return out
-
-    def trace(variables, x):
-      state = [c for c in variables if c != 'params']
-      return net.run(
-          variables, x, visit, jax.random.key(0), [*state, base.PROBES]
-      )[1].get(base.PROBES, {})
-
-    shapes = jax.eval_shape(trace, dict(variables), x)
-    probes = jax.tree.map(zeros_like_output, shapes)
+    calls = [(flow_lib.visited(step), step, around)
+             for step, around in net.traced(variables, x).plan.walk()]
+    probes = paths.nest({
+        f'{name}/call_{step.index}'.removeprefix('/'):
+            zeros_like_output(step.stacked(around))
+        for name, step, around in calls if name is not None})
     _, _, (grads, _, signals), count = self.differentiate(
         net, loss, variables, feedback, x, y, key, probes, settle=settle)
     return jax.tree.map(lambda g: g / count, grads), signals
@@ -717,11 +710,7 @@ def zeros_like_output(output: jax.ShapeDtypeStruct) -> base.Array:
 
 
 def _to_port(error, port):
-  """The error for a port, once for every layer of a scan."""
-  if port.shape[port.ndim - error.ndim:] != error.shape:
-    raise ValueError(
-        f'an `nn.scan` stacks `ports` of shape {error.shape} to {port.shape}; '
-        "list them on axis 0, `variable_axes={..., 'ports': 0}`.")
+  """The error for a port, once for every turn of a loop."""
   if port.shape == error.shape:
     return error
   return jnp.broadcast_to(error, port.shape).astype(port.dtype)

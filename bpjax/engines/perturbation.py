@@ -22,6 +22,7 @@ from bpjax.engines import reduction as reduction_lib
 from bpjax.local import located
 from bpjax.networks import network
 from bpjax.networks import reach as reach_lib
+from bpjax.networks import trace as trace_lib
 from bpjax.networks import unit as unit_lib
 import jax
 import jax.numpy as jnp
@@ -318,8 +319,7 @@ class Plan:
         continue
       taught.update(leaf for v in step.params.values() for leaf in v.leaves)
       name = f'{step.name}/call_{step.index}'.removeprefix('/')
-      noise[name] = credit.zeros_like_output(_stacked(step.out.aval, [
-          s.eqn.params['length'] for s in around if s.how == 'scan']))
+      noise[name] = credit.zeros_like_output(step.stacked(around))
       reached[f'0/{name}'] = found.places[call]
     if rule.perturb == 'weight':
       noise = {}
@@ -517,15 +517,6 @@ def _found(net, traced, judge, differences):
       traced.plan, outs, net.cuts, judge.blocks(), values=differences)
 
 
-def _stacked(aval, lengths):
-  """The shape of an array in a loop, with the turns in front."""
-  place = _explicit(aval)
-  if place is not None:
-    place = place.update(spec=(*(None for _ in lengths), *place.spec))
-  return jax.ShapeDtypeStruct(
-      (*lengths, *aval.shape), aval.dtype, sharding=place)
-
-
 def _examples(reached):
   """The one digit (size, (axis, stride)) that counts examples, or None."""
   digits = {axes[0] for axes in reached.values() if axes}
@@ -645,10 +636,4 @@ def rademacher(key: base.Key, arrays: list[base.Array]) -> list[base.Array]:
 
 def sharding(x: base.Array) -> Any:
   """The mesh axes of `x` where they are explicit, else None."""
-  return _explicit(jax.typeof(x))
-
-
-def _explicit(aval):
-  own = aval.sharding
-  explicit = jax.sharding.AxisType.Explicit in own.mesh.axis_types
-  return own if explicit else None
+  return trace_lib.explicit(jax.typeof(x))

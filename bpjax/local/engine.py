@@ -18,8 +18,8 @@ from bpjax.engines import reduction as reduction_lib
 from bpjax.local import located
 from bpjax.local import losses as local_losses
 from bpjax.local import view as view_lib
+from bpjax.networks import network
 from bpjax.networks import reach as reach_lib
-from bpjax.networks import survey as survey_lib
 import jax
 import jax.numpy as jnp
 
@@ -53,8 +53,8 @@ def local(
   up to that of the block's loss: rules that send errors do not see the
   difference, and no copy is ever made. A perturbation of one patch and group is
   multiplied by the change of the losses that it can reach alone, found from the
-  trace of the model (`bpjax.networks.reach`): less variance, the same mean. Heads get the
-  mean of the copies' gradients, which is that of one loss.
+  trace of the model (`bpjax.networks.reach`): less variance, the same mean. Heads
+  get the mean of the copies' gradients, which is that of one loss.
 
   Ports (direct feedback alignment) read the error of their own block's
   prediction, `[batch, classes]` under the default loss.
@@ -190,7 +190,7 @@ class Local:
     """The name of the rule that trains the blocks, and that they are local."""
     return f'local_{self.rule.name}'
 
-  def views(self, net: survey_lib.Network) -> tuple[view_lib.View, ...]:
+  def views(self, net: network.Network) -> tuple[view_lib.View, ...]:
     """The network cut into blocks; once for every pass."""
     if self not in net.views:
       if self.stop == 'overlap':
@@ -230,7 +230,7 @@ class Local:
     return view.names[:-1] if self.readout == 'joined' else view.names
 
   def init(
-      self, key: base.Key, net: survey_lib.Network,
+      self, key: base.Key, net: network.Network,
       variables: Mapping[str, Any], x: Any) -> dict[str, Any]:
     """Draws the heads, and the rule's own feedback.
 
@@ -282,18 +282,18 @@ class Local:
     """Unit -> what is known of it, its block among it."""
     return self.rule.infos(self.views(net)[0], variables, x)
 
-  def predict(self, net: survey_lib.Network) -> Callable[..., Any]:
+  def predict(self, net: network.Network) -> Callable[..., Any]:
     """`(variables, x) -> output` in evaluation mode."""
     return self.rule.predict(net)
 
-  def bind(self, net: survey_lib.Network) -> Callable[..., Any]:
+  def bind(self, net: network.Network) -> Callable[..., Any]:
     """Raises: losses inside the model are no function of its output."""
     raise ValueError(
         f'`bind` needs one loss of the output, and `{self.name}` has one for '
         'each block; use `rule.value_and_grad(net, loss)`.')
 
   def value_and_grad(
-      self, net: survey_lib.Network, loss: base.Loss, *,
+      self, net: network.Network, loss: base.Loss, *,
       reduction: str | Mapping[str, str] = 'mean') -> Callable[..., Any]:
     """As `bpjax.engines.credit.Rule.value_and_grad`.
 

@@ -164,19 +164,10 @@ class _Watcher:
     if isinstance(module, nn.BatchNorm) and unit_lib.uses_the_batch(
         module, args, kwargs):
       self._notes.batch_coupled[name] = True
-    if self._notes.wants(network.LAYER, name, module):
-      args, kwargs = network.mark(network.HEAD, name, (args, kwargs))
-    if self._notes.wants(network.ENTER, name, module):
-      args, kwargs = network.mark(network.ENTER, name, (args, kwargs))
     if (isinstance(module, _NORMS) and module.use_scale
         and not self._transports_gain):
-      out = _fixed_gain(module, args, kwargs)
-    else:
-      out = next_fun(*args, **kwargs)
-    for kind in (network.LAYER, network.BOUNDARY, network.LEAVE):
-      if self._notes.wants(kind, name, module):
-        out = network.mark(kind, name, out)
-    return out
+      next_fun = lambda *args, **kwargs: _fixed_gain(module, args, kwargs)
+    return self._notes.called(name, module, next_fun, args, kwargs)
 
 
 def _fixed_gain(module, args, kwargs):

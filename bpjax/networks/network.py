@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 import copy
 import dataclasses
-import functools
 from typing import Any
 
 from bpjax import base
+from bpjax import feedback as feedback_lib
 from bpjax import paths
 from bpjax.engines import reduction as reduction_lib
 from bpjax.networks import flow as flow_lib
-from bpjax.networks import reach as reach_lib
+from bpjax.networks import names as names_lib
 from bpjax.networks import run as run_lib
 from bpjax.networks import segments
 from bpjax.networks import survey as survey_lib
@@ -25,7 +25,6 @@ from bpjax.networks import unit as unit_lib
 import jax
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import ClosedJaxpr
-from jax.extend.core import Literal
 from jax.interpreters import partial_eval
 import jax.numpy as jnp
 
@@ -60,31 +59,18 @@ class Notes:
     self.batch_coupled: dict[str, bool] = {}
     self.wants = wants
 
-
-@dataclasses.dataclass(eq=False)
-class Entry:
-  """A unit of a trace.
-
-  Attributes:
-    name: its name.
-    base: the path under which the names of its parameters begin.
-    step: its first call that has something to send, else its first.
-    calls: how many calls the trace has.
-    principal: the paths of the parameters that are its weights.
-    others: those of gains and the like inside the view of the weights.
-    biases: those of its biases.
-  """
-  name: str
-  base: str
-  step: trace_lib.Step
-  calls: int
-  principal: tuple[str, ...]
-  others: tuple[str, ...] = ()
-  biases: tuple[str, ...] = ()
-
-  def relative(self, leaf: str) -> str:
-    """The name of a parameter inside the unit."""
-    return leaf[len(self.base) + 1:] if self.base else leaf
+  def called(
+      self, name: str, module: Any, call: Callable[..., Any], args: Any,
+      kwargs: Any) -> Any:
+    """What `call` makes of a module's arguments, with the marks asked for."""
+    for kind, mark_kind in ((LAYER, HEAD), (ENTER, ENTER)):
+      if self.wants(kind, name, module):
+        args, kwargs = mark(mark_kind, name, (args, kwargs))
+    out = call(*args, **kwargs)
+    for kind in (LAYER, BOUNDARY, LEAVE):
+      if self.wants(kind, name, module):
+        out = mark(kind, name, out)
+    return out
 
 
 @dataclasses.dataclass(eq=False)
@@ -116,7 +102,7 @@ class Traced:
   error_parts: tuple[int | str, ...]
   structure: Any
   notes: Notes
-  entries: Mapping[str, Entry]
+  entries: Mapping[str, names_lib.Entry]
   points: Mapping[str, tuple[str, ...]]
   exact: Mapping[str, tuple[str, ...]]
   found: flow_lib.Derivatives
@@ -126,19 +112,47 @@ class Traced:
   draws: bool
 
 
-class Network(survey_lib.Network):
+class Network:
   """A model seen as units. What `from_linen` and the others return."""
   cuts: Any = None  # Where gradients stop, see `bpjax.local.view`.
 
   def __init__(
       self, boundaries: Sequence[str] = (),
       chosen: Callable[[Any], bool] = lambda module: False):
-    super().__init__(tuple(boundaries))
+    self.boundaries = tuple(boundaries)
+    self.views: dict[Any, Any] = {}  # Of `bpjax.local`: what cuts it -> the result.
+    self._surveys: dict[Any, survey_lib.Survey] = {}
+    self._latest: survey_lib.Survey | None = None
     self._is_chosen = chosen
     self.flags: Mapping[str, Any] = {}
     self._own: Mapping[str, str] = {}
     self._owning: dict[Any, Network] = {}
     self._traces: dict[Any, Traced] = {}
+
+  @property
+  def units(self) -> survey_lib.Units:
+    """Name -> unit, in the order of the calls.
+
+    A unit has `info` and its pure functions (`bpjax.Unit`): what
+    `rule.backward` takes. `net.units.exact` lists the parameters that meet data
+    outside of all units (gains of norms, embeddings that are added): there a
+    credit rule leaves them on their exact gradient. Known once the network has
+    seen an input's shape (`init`).
+    """
+    if self._latest is None:
+      raise ValueError(
+          '`net.units` is not known before the network has seen an input; call '
+          '`net.init(key, x)` or `rule.init` first.')
+    return self._latest.units
+
+  def survey(self, variables: Mapping[str, Any], x: Any) -> survey_lib.Survey:
+    """What is known of the units for inputs of this shape; traced once."""
+    leaves, structure = jax.tree.flatten((variables, x))
+    cache_key = (structure, tuple(map(jax.typeof, leaves)))
+    if cache_key not in self._surveys:
+      self._surveys[cache_key] = self._take(variables, x)
+    self._latest = self._surveys[cache_key]
+    return self._latest
 
   def _call(
       self, params: base.Tree, state: Mapping[str, base.Tree], x: Any,
@@ -216,30 +230,31 @@ class Network(survey_lib.Network):
     kinds += [trace_lib.CONST] * has_key
     sizes = dict(zip(names, map(jnp.size, jax.tree.leaves(params))))
     plan = trace_lib.Analysis(grown, flat, sizes).plan(closed, kinds)
-    entries = _name_units(plan, sizes, tuple(chosen))
-    points = _name_contacts(plan, entries)
-    _place(plan)
+    entries = names_lib.name_units(plan, sizes, tuple(chosen))
+    points = names_lib.name_contacts(plan, entries)
+    names_lib.place(plan)
     outputs = jax.tree.leaves(shape[0])
     marked = {name: segments.MARK for name in chosen if name in entries}
     mixed = segments.own(
         plan, {**self._own, **marked}, len(outputs))
     found = flow_lib.derivatives(plan, len(outputs))
     flow = flow_lib.follow(plan, len(outputs))
-    parts = _error_parts(plan, flow, entries)
+    parts = survey_lib.error_parts(plan, flow, entries)
     error = jax.eval_shape(
         lambda o: reduction_lib.errors_together(o, _batch(x)),
-        [_pre(entries[p]) if isinstance(p, str) else outputs[p] for p in parts])
+        [outputs[p] if isinstance(p, int) else survey_lib.pre_of(entries[p])
+         for p in parts])
     if len(parts) == 1 and parts[0] == 0:
       error = outputs[0]  # With its place on the mesh.
     return Traced(
-        plan, flow, shape[0], error, parts, jax.tree.structure(shape), notes, entries, points,
-        _exact(plan, names, len(outputs), found), found, mixed,
+        plan, flow, shape[0], error, parts, jax.tree.structure(shape), notes,
+        entries, points, survey_lib.exact_by(plan, names, len(outputs), found), found, mixed,
         frozenset(trace_lib.operations(closed.jaxpr)), has_key,
         has_key and any(
             closed.jaxpr.invars[-1] in eqn.invars for eqn in closed.eqns))
 
   def _take(self, variables, x):
-    return _survey(self, self.traced(variables, x), variables, self.cuts)
+    return survey_lib.take(self, self.traced(variables, x), variables, self.cuts)
 
   def draw_feedback(
       self, key: base.Key, variables: Mapping[str, Any], x: Any,
@@ -260,9 +275,9 @@ class Network(survey_lib.Network):
       drawers: unit -> `(key, params of one slice) -> feedback`, or None.
     """
     traced = self.traced(variables, x)
-    drawn = _drawn_together(key, {
+    drawn = feedback_lib.drawn_together(key, {
         name: (draw, self.survey(variables, x).units[name].info.params,
-               traced.entries.get(name))
+               _turns(traced.entries.get(name)))
         for name, draw in drawers.items() if draw is not None})
     feedback = {}
     for name in drawers:
@@ -287,8 +302,7 @@ class Network(survey_lib.Network):
   def run(
       self, variables: Mapping[str, Any], x: Any,
       visit: Callable[[Call], Any], key: base.Key | None,
-      mutable: Sequence[str], owners: bool = False,
-      watch: Callable[[str], None] | None = None, cuts: Any = None,
+      mutable: Sequence[str], owners: bool = False, cuts: Any = None,
       train: bool = True) -> tuple[Any, dict[str, Any]]:
     """Runs the model; `visit` answers for every unit's call.
 
@@ -300,7 +314,6 @@ class Network(survey_lib.Network):
       mutable: the collections to return.
       owners: visit all places at which parameters meet data, gains and shifts of
         norms included, and no boundaries.
-      watch: is told the name of every module that normalises over the batch.
       cuts: where gradients stop, see `bpjax.local.view`.
       train: False for evaluation mode.
 
@@ -310,8 +323,6 @@ class Network(survey_lib.Network):
     model_key, rule_key = (None, None) if key is None else jax.random.split(key)
     wants = None if cuts is None else cuts.wants
     traced = self.traced(variables, x, key is not None, train, wants)
-    for name in traced.notes.batch_coupled if watch is not None else ():
-      watch(name)
     state = {c: v for c, v in variables.items() if c not in _OWN}
     feedback = variables.get(base.FEEDBACK, {})
     held = {
@@ -345,7 +356,7 @@ class Call:
     self.name, self.index = step.name, step.index
     self.step = step
     self.inputs = tuple(env.read(step.inputs))
-    self.unit = TraceUnit(step, entry)
+    self.unit = unit_lib.TraceUnit(step, entry)
     self.params = self.unit.named(env.read(step.params))
     self._weights_twin = None
     if step.weights is not None:
@@ -410,134 +421,11 @@ class BoundaryCall(Call):
     return self.inputs[0]
 
 
-class TraceUnit(unit_lib.PureUnit):
-  """The pure functions of one unit; holds no arrays. See `base.Unit`."""
-
-  def __init__(self, step: trace_lib.Step, entry: Entry | None):
-    self.step = step
-    self.owns_activation = bool(step.tail)
-    self._names = _param_names(step, entry)
-    self.weights_name = self._names.get(step.weights)
-
-  def named(self, values: Sequence[Any]) -> base.Tree:
-    """The unit's parameters by name, from their values in order."""
-    return paths.nest(dict(zip(self._names.values(), values)))
-
-  def _apply(self, params, inputs, replacement=None):
-    step = self.step
-    env = {v: _at(params, name) for v, name in self._names.items()}
-    env.update(zip(step.inputs, inputs))
-    if not step.tail:
-      out = run_lib.evaluate(step.eqns, env, step.out)
-      return out, out
-    pre = replacement
-    if pre is None:
-      pre = run_lib.evaluate(step.eqns, env, step.pre)
-    return run_lib.evaluate(step.tail, {**env, step.pre: pre}, step.out), pre
-
-  def affine(self, params, inputs):
-    # The segment is left out, not only its result.
-    step = self.step
-    size = step.inputs[0].aval.shape[0]
-    if (step.has_head or self.info and self.info.by_example) and (
-        inputs[0].shape[0] != size):
-      return self._in_parts(params, inputs, size)
-    env = {v: _at(params, name) for v, name in self._names.items()}
-    env.update(zip(step.inputs, inputs))
-    return run_lib.evaluate(step.eqns, env, step.pre or step.out)
-
-  def _in_parts(self, params, inputs, size):
-    """`affine` for another batch size than that of the trace.
-
-    What a module does to its input may have the size in its equations, and
-    examples may have weights of their own. Whole numbers stay as they are.
-    """
-    count = inputs[0].shape[0]
-    parts = -(-count // size)
-    cut = {i: jnp.resize(x, (parts, size, *x.shape[1:]))
-           for i, x in enumerate(inputs) if jnp.issubdtype(x.dtype, jnp.inexact)}
-
-    def one(part):
-      own = tuple(part.get(i, x) for i, x in enumerate(inputs))
-      return self.affine(params, own)
-
-    # Ragged products cannot be batched.
-    loop = jax.lax.map if self.info.by_example else lambda f, xs: jax.vmap(f)(xs)
-    out = loop(one, cut)
-    return out.reshape(-1, *out.shape[2:])[:count]
-
-
-def _drawn_together(key, drawers):
-  """Unit -> what its `(draw, shapes, entry)` draws; the same programs at once.
-
-  To compile one draw of many weights takes a fraction of many draws' time.
-  """
-  programs = {}
-  for i, (name, (draw, shapes, entry)) in enumerate(drawers.items()):
-    lengths = () if entry is None else tuple(
-        length for _, length in entry.step.view.loops)
-    one = functools.partial(_slices, draw, shapes, lengths)
-    closed, out = jax.make_jaxpr(one, return_shape=True)(key)
-    same = (str(closed.jaxpr), jax.tree.structure(out),
-            *([] if not closed.consts else [name]))
-    programs.setdefault(same, (one, []))[1].append((i, name))
-
-  def draw_all(key):
-    # One after the other: XLA compiles a loop's body once.
-    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(
-        jnp.arange(len(drawers)))
-    return [jax.lax.map(one, keys[jnp.array([i for i, _ in members])])
-            for one, members in programs.values()]
-
-  drawn = {}
-  stacks = jax.jit(draw_all)(key)
-  for together, (_, members) in zip(stacks, programs.values()):
-    for i, (_, name) in enumerate(members):
-      drawn[name] = jax.tree.map(lambda a: _row(a, i), together)  # pylint: disable=cell-var-from-loop
-  return drawn
-
-
-@jax.jit
-def _row(stack, i):
-  """One of several; compiled once a shape, and not once a row."""
-  return jax.lax.dynamic_index_in_dim(stack, i, 0, keepdims=False)
-
-
-def _slices(draw, shapes, lengths, key):
-  """What is drawn for every slice that loops hand out."""
-  one = lambda key: draw(key, shapes)
-  for _ in lengths:
-    one = jax.vmap(one)
-  return one(jax.random.split(key, lengths) if lengths else key)
-
-
-def _param_names(step, entry):
-  """Variable -> the name of what it is made of, inside the unit."""
-  names, taken = {}, set()
-  for variable, view in step.params.items():
-    leaves = view.leaves
-    if entry is not None and variable is step.weights:
-      leaves = entry.principal
-    name = leaves[0] if entry is None else entry.relative(leaves[0])
-    if entry is not None and variable is not step.weights:
-      name = _bias_name(name)
-    while name in taken:
-      name += '_again'
-    taken.add(name)
-    names[variable] = name
-  return names
-
-
-def _bias_name(name):
-  """Biases are called so for rules, whatever the model calls them."""
-  around = name.rpartition('/')[0]
-  return f'{around}/bias' if around else 'bias'
-
-
-def _at(tree, name):
-  for part in name.split('/'):
-    tree = tree[part]
-  return tree
+def _turns(entry):
+  """The lengths of the loops that hand out slices of a unit's weights."""
+  if entry is None:
+    return ()
+  return tuple(length for _, length in entry.step.view.loops)
 
 
 def _merged(a, b):
@@ -659,357 +547,3 @@ class _Growth:
     return variable in self._found
 
 
-def _name_units(plan, sizes, chosen):
-  """Unit -> entry; every step of a unit gets its name and index."""
-  groups = {}
-  for step, _ in plan.walk():
-    if step.how == 'unit':
-      largest = max(sizes[leaf] for leaf in step.view.leaves)
-      principal = tuple(l for l in step.view.leaves if sizes[l] == largest)
-      key = (principal, _signature(step))
-      groups.setdefault(key, []).append(step)
-  modules = {name: {} for name in chosen}
-  for principal, _ in groups:
-    module = _module(principal, chosen)
-    modules.setdefault(module, dict.fromkeys(()))[principal] = None
-  for module in chosen:
-    if len(modules[module]) != 1:
-      raise ValueError(
-          f'`is_unit` chose `{module}`, which calls {len(modules[module])} '
-          'affine operations, and a unit has exactly one; choose other modules, '
-          'inside it or around it.')
-  entries, numbers, used = {}, {}, set()
-  for (principal, _), steps in groups.items():
-    module = _module(principal, chosen)
-    base_path, first = module, module
-    alone = len(modules[module]) == 1 and (
-        module or principal[0] in ('kernel', 'embedding'))
-    if not alone and len(principal) == 1:
-      first = principal[0]
-    name = first
-    if name in used:
-      numbers[first] = numbers.get(first, 0) + 1
-      name = f'{first}/#{numbers[first]}' if first else f'#{numbers[first]}'
-    used.add(name)
-    main = next((s for s in steps if s.operation != 'lookup'), steps[0])
-    entry = Entry(
-        name, base_path, main, len(steps), principal,
-        tuple(sorted({leaf for s in steps for leaf in s.view.leaves
-                      if leaf not in principal})),
-        tuple(dict.fromkeys(
-            leaf for s in steps for v, view in s.params.items()
-            if v is not s.weights for leaf in view.leaves)))
-    entries[name] = entry
-    for index, step in enumerate(steps):
-      step.name, step.index = name, index
-  order = dict.fromkeys(
-      step.name for step, _ in plan.walk() if step.how == 'unit')
-  return {name: entries[name] for name in order}
-
-
-def _signature(step):
-  """What tells two ways of using one weight apart."""
-  eqn, shape = step.eqn, step.weights.aval.shape
-  p = eqn.params
-  side = list(eqn.invars[:2]).index(step.weights)
-  if 'dimension_numbers' not in p or step.operation == 'lookup':
-    return step.operation, shape, step.view.turns
-  numbers = p['dimension_numbers']
-  if step.operation == 'dot_general':
-    (contracting, batch) = numbers
-    numbers = (contracting[side], batch[side])
-  return step.operation, shape, step.view.turns, str(numbers)
-
-
-def _module(principal, chosen=()):
-  """The deepest module around some parameters, or a chosen one around it."""
-  parts = [leaf.split('/')[:-1] for leaf in principal]
-  common = []
-  for level in zip(*parts):
-    if len(set(level)) > 1:
-      break
-    common.append(level[0])
-  name = '/'.join(common)
-  for module in chosen:
-    if paths.is_inside(name, module):
-      return module
-  return name
-
-
-def _name_contacts(plan, entries):
-  """Name -> parameters, of all that is visited; contacts get their names."""
-  points = {
-      name: (*e.principal, *e.others, *e.biases) for name, e in entries.items()}
-  counts = {}
-  for step, _ in plan.walk():
-    if step.how != 'contact':
-      if step.how == 'mark' or step.how == 'bind' and step.name:
-        step.index = counts.setdefault(step.name, 0)
-        counts[step.name] += 1
-      continue
-    leaves = tuple(dict.fromkeys(
-        leaf for view in step.params.values() for leaf in view.leaves))
-    module = _module(leaves)
-    step.name = module if len(leaves) > 1 and module else leaves[0]
-    if step.name in entries:
-      step.name = leaves[0]
-    if step.name in entries:  # A weight that meets data in both ways.
-      step.name = f'{leaves[0]}/contact'
-    step.index = counts.setdefault(step.name, 0)
-    counts[step.name] += 1
-    points[step.name] = tuple(
-        dict.fromkeys((*points.get(step.name, ()), *leaves)))
-  return points
-
-
-def _place(plan):
-  """Notes in every plan what is visited inside, and which loops slice what."""
-  for step in plan.steps:
-    for inner in step.inner:
-      _place(inner)
-      plan.calls |= inner.calls
-      plan.loops |= inner.loops
-    if step.how in ('unit', 'contact', 'mark'):
-      name = step.name
-      if step.how == 'mark' and name.startswith(BOUNDARY):
-        name = unit_lib.boundary_name(name.removeprefix(BOUNDARY))
-      plan.calls.add((name, step.index))
-    if step.how == 'unit':
-      plan.loops[step.name] = tuple(loop for loop, _ in step.view.loops)
-
-
-def _exact(plan, names, outputs, found):
-  """Parameter -> the operations in which it keeps its exact derivative."""
-  operations = {name: {} for name in names}
-
-  def note(ctx, own, atom, operation):
-    kind = own.kind(atom)
-    if isinstance(kind, trace_lib.View) and found.is_active(ctx, atom):
-      for leaf in kind.leaves:
-        operations[leaf][operation] = True
-
-  def visit(own, ctx):
-    for step in own.steps:
-      eqn, name = step.eqn, step.eqn.primitive.name
-      for i, inner in enumerate(step.inner):
-        inside = flow_lib.context(ctx, eqn, i)
-        visit(inner, inside)
-        outs = inner.jaxpr.outvars if step.how == 'cond' else (
-            inner.jaxpr.outvars[eqn.params['num_carry']:]
-            if step.how == 'scan' else ())
-        for v in outs:
-          note(inside, inner, v, f'{step.how} output')
-      if step.how == 'scan':
-        inner, = step.inner
-        for outer, v in zip(eqn.invars, inner.jaxpr.invars):
-          if not isinstance(inner.kind(v), trace_lib.View):
-            note(ctx, own, outer, 'scan carry')
-      made = eqn.outvars if step.out is None else [step.out]
-      if not any(found.is_reached(ctx, v) for v in made):
-        continue
-      if step.how == 'contact':
-        for e in step.eqns:
-          for v in e.invars:
-            if not isinstance(v, Literal) and v in step.params:
-              note(ctx, own, v, e.primitive.name)
-      elif step.how == 'unit':  # A view in the place of data: a learned query.
-        for v in step.inputs:
-          if v not in step.tail_inputs:
-            note(ctx, own, v, name)
-      elif step.how == 'bind':
-        views = [v for v in eqn.invars if found.is_active(ctx, v)
-                 and isinstance(own.kind(v), trace_lib.View)]
-        if not step.views or name in trace_lib.PRODUCTS and len(views) > 1:
-          for v in views:
-            note(ctx, own, v, name)
-
-  visit(plan, ())
-  for v in plan.jaxpr.outvars[:outputs]:
-    note((), plan, v, 'output')
-  return {name: tuple(by) for name, by in operations.items() if by}
-
-
-def _survey(net, traced, variables, cuts=None):
-  """What rules ask of a network before any data, read off its trace."""
-  flow = traced.flow
-  around = {}
-  order = []
-  for step, outside in traced.plan.walk():
-    name = flow_lib.visited(step)
-    if name is not None:
-      order.append((name, step))
-      around.setdefault(name, set()).update(s.how for s in outside)
-  names = list(dict.fromkeys(name for name, _ in order))
-  found = traced.found if cuts is None else flow_lib.derivatives(
-      traced.plan, len(jax.tree.leaves(traced.output)), cuts)
-  units = {}
-  outs = {}
-  examples = _examples(traced)
-  for name in names:
-    calls = [step for n, step in order if n == name]
-    entry = traced.entries.get(name)
-    unit = unit_lib.Boundary() if entry is None else TraceUnit(entry.step, entry)
-    main = calls[0] if entry is None else entry.step
-    unit.info = _info(name, unit, main, entry, traced, variables, calls, flow,
-                      found, examples)
-    units[name] = unit
-    if entry is not None:
-      outs[name] = unit.info.out
-  for unit in units.values():
-    unit.info = dataclasses.replace(unit.info, outs=outs)
-  boundaries = [n for n in names if n not in traced.entries]
-  owned = {leaf for e in traced.entries.values()
-           for leaf in (*e.principal, *e.others, *e.biases)}
-  exact_sizes = {
-      leaf: paths.subtree(variables['params'], leaf).size
-      for leaf in traced.exact if leaf not in owned}
-  survey_lib.check_boundaries(net.boundaries, names, boundaries)
-  return survey_lib.Survey(
-      units=survey_lib.Units(units, traced.exact, net.flags), output=traced.output,
-      error_parts=traced.error_parts,
-      lifted=tuple(n for n in names if around[n] & {'scan', 'cond'}),
-      blocked=() if 'stop_gradient' in traced.operations else tuple(
-          n for n in names if n in flow.used
-          and n not in found.taught),
-      batch_coupled=tuple(traced.notes.batch_coupled),
-      used=tuple(n for n in names if n in flow.used), mixed=traced.mixed,
-      loops=found.loops, untrained={
-          leaf: step.name for step, _ in traced.plan.walk()
-          for view in step.untrained.values() for leaf in view.leaves},
-      exact_sizes=exact_sizes, detached='stop_gradient' in traced.operations)
-
-
-def _info(name, unit, step, entry, traced, variables, calls, flow,
-          found, examples):
-  shape = lambda v: jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype)
-  inputs = tuple(map(shape, step.inputs))
-  kind, operation, params, summed = base.BOUNDARY, '', {}, None
-  by_example = False
-  positionwise, features = len(inputs[0].shape) == 3, 1
-  if not positionwise:
-    features = len(inputs[0].shape) - 1
-  if entry is not None:
-    own = _module(entry.principal)
-    operation = step.operation
-    kind = traced.notes.modules.get(own, operation)
-    params = _unit_params(entry, step, variables['params'])
-    positionwise, features, summed = _contraction(step)
-  out = shape(step.out)
-  pre = shape(step.pre or step.out)
-  given, made = examples.get((name, step.index), ((None,) * len(inputs), None))
-  if entry is not None:
-    by_example = _by_example(step, given[0])
-  return base.UnitInfo(
-      given_examples=given, examples=made, by_example=by_example,
-      name=name, kind=kind, operation=operation, inputs=inputs, pre=pre, out=out, params=params,
-      net_output=traced.error, is_output=name in flow.readouts,
-      sends=name in found.sends, taught=name in found.taught,
-      calls=len(calls), positionwise=positionwise, feature_axes=features,
-      summed_axes=summed, owns_activation=unit.owns_activation,
-      reads=tuple(flow.reads.get((name, i)) for i in range(len(inputs))),
-      readers=tuple(dict.fromkeys(
-          n for (n, i), source in flow.reads.items()
-          if i == 0 and source == name)))
-
-
-def _examples(traced):
-  """(unit, call) -> where examples lie in its inputs, and in its output.
-
-  Followed only where something does not have them on its first axis.
-  """
-  size = next((o.shape[0] for o in jax.tree.leaves(traced.output)
-               if jnp.ndim(o)), None)
-  calls = [s for s, _ in traced.plan.walk() if s.how == 'unit']
-  if all(v.aval.shape[:1] == (size,) for s in calls
-         for v in (*s.inputs[:1], s.out)):
-    return {}
-  outs = [{str(i): reach_lib.identity(o.shape)[:1]}
-          if o.shape[:1] == (size,) else {}
-          for i, o in enumerate(map(_shape, jax.tree.leaves(traced.output)))]
-  outs += [{}] * (len(traced.plan.jaxpr.outvars) - len(outs))
-  found = reach_lib.follow(traced.plan, outs, values=True)
-
-  def place(reached):
-    digits = {axes[0] for axes in reached.values() if axes}
-    (digit, *more), = digits if len(digits) == 1 else [(None,)]
-    if more or digit is None or digit[1] is None or digit[1][0] < 0:
-      return None
-    return *digit[1], digit[0]
-
-  return {call: (tuple(map(place, found.given[call])), place(reached))
-          for call, reached in found.places.items() if call in found.given}
-
-
-def _shape(leaf):
-  return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))
-
-
-def _error_parts(plan, flow, entries):
-  """The errors that rules which project the output's error take together.
-
-  The error of a readout is that of its pre-activation, whatever the model makes
-  of it: one that ends in probabilities learns as one that ends in logits.
-  """
-  in_bodies = {
-      s.name for s, around in plan.walk() if around and s.how == 'unit'}
-  parts = []
-  for i, out in enumerate(flow.outs):
-    own = [out] if isinstance(out, str) else sorted(out)
-    simple = [name for name in own if name in entries and (
-        entries[name].calls == 1 and name not in in_bodies)]
-    passed = isinstance(out, str) and not (simple and entries[out].step.tail)
-    if passed or not own or simple != own or not flow.readouts.issuperset(own):
-      parts.append(i)
-    else:
-      parts += own
-  return tuple(dict.fromkeys(parts))
-
-
-def _pre(entry):
-  aval = (entry.step.pre or entry.step.out).aval
-  return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
-
-
-def _unit_params(entry, step, params):
-  """Shapes of a unit's parameters, of one slice where loops hand those out."""
-  loops = {}
-  for view in step.params.values():
-    for leaf in view.leaves:
-      loops[leaf] = tuple(length for _, length in view.loops)
-  shapes = {}
-  for leaf in (*entry.principal, *entry.biases):
-    value = paths.subtree(params, leaf)
-    lengths = loops.get(leaf, ())
-    size = value.shape
-    if lengths and size[:len(lengths)] == lengths:
-      size = size[len(lengths):]
-    name = entry.relative(leaf)
-    if leaf in entry.biases:
-      name = _bias_name(name)
-    shapes[name] = jax.ShapeDtypeStruct(size, value.dtype)
-  return paths.nest(shapes)
-
-
-def _by_example(step, place):
-  """Whether a product pairs each example with weights of its own."""
-  if step.operation != 'dot_general':
-    return step.operation.startswith('ragged_dot')
-  _, batch = step.eqn.params['dimension_numbers']
-  side = list(step.eqn.invars[:2]).index(step.weights)
-  return (place[0] if place else 0) in batch[1 - side]
-
-
-def _contraction(step):
-  """Whether a product treats positions alike, its feature axes, and what of the
-  weights is summed over, counted from their last axis."""
-  x, = step.inputs[:1]
-  ndim = len(x.aval.shape)
-  if step.operation != 'dot_general':
-    return False, ndim - 1, None
-  contracting, batch = step.eqn.params['dimension_numbers']
-  side = list(step.eqn.invars[:2]).index(step.weights)
-  mine = step.weights.aval.ndim
-  summed = tuple(axis - mine for axis in contracting[side])
-  read = sorted(contracting[1 - side])
-  trailing = read == list(range(ndim - len(read), ndim)) and not batch[0]
-  return trailing, len(read) if trailing else ndim - 1, summed

@@ -270,20 +270,11 @@ class _Watcher:
     if isinstance(module, nnx.BatchNorm) and unit_lib.uses_the_batch(
         module, args, kwargs):
       self._notes.batch_coupled[name] = True
-    own = self._nodes[name]
-    if self._notes.wants(network.LAYER, name, own):
-      args, kwargs = network.mark(network.HEAD, name, (args, kwargs))
-    if self._notes.wants(network.ENTER, name, own):
-      args, kwargs = network.mark(network.ENTER, name, (args, kwargs))
+    call = original
     if (isinstance(module, _NORMS) and module.scale is not None
         and not self._transports_gain):
-      out = _fixed_gain(module, original, args, kwargs)
-    else:
-      out = original(*args, **kwargs)
-    for kind in (network.LAYER, network.BOUNDARY, network.LEAVE):
-      if self._notes.wants(kind, name, own):
-        out = network.mark(kind, name, out)
-    return out
+      call = lambda *args, **kwargs: _fixed_gain(module, original, args, kwargs)
+    return self._notes.called(name, self._nodes[name], call, args, kwargs)
 
 
 class _NoKey:

@@ -8,8 +8,14 @@ from typing import Any
 
 from bpjax import base
 from bpjax import paths
+from bpjax.networks import flow as flow_lib
+from bpjax.networks import names as names_lib
+from bpjax.networks import reach as reach_lib
+from bpjax.networks import trace as trace_lib
 from bpjax.networks import unit as unit_lib
 import jax
+from jax.extend.core import Literal
+import jax.numpy as jnp
 
 
 class Units(dict[str, base.Unit]):
@@ -104,41 +110,244 @@ class Survey:
   feedback_shapes: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
 
-class Network:
-  """What the networks of every Flax API share: one survey a shape."""
+def take(net, traced, variables, cuts=None):
+  """What rules ask of a network before any data, read off its trace."""
+  flow = traced.flow
+  around = {}
+  order = []
+  for step, outside in traced.plan.walk():
+    name = flow_lib.visited(step)
+    if name is not None:
+      order.append((name, step))
+      around.setdefault(name, set()).update(s.how for s in outside)
+  names = list(dict.fromkeys(name for name, _ in order))
+  found = traced.found if cuts is None else flow_lib.derivatives(
+      traced.plan, len(jax.tree.leaves(traced.output)), cuts)
+  units = {}
+  outs = {}
+  examples = _examples(traced)
+  for name in names:
+    calls = [step for n, step in order if n == name]
+    entry = traced.entries.get(name)
+    unit = unit_lib.Boundary()
+    if entry is not None:
+      unit = unit_lib.TraceUnit(entry.step, entry)
+    main = calls[0] if entry is None else entry.step
+    unit.info = _info(name, unit, main, entry, traced, variables, calls, flow,
+                      found, examples)
+    units[name] = unit
+    if entry is not None:
+      outs[name] = unit.info.out
+  for unit in units.values():
+    unit.info = dataclasses.replace(unit.info, outs=outs)
+  boundaries = [n for n in names if n not in traced.entries]
+  owned = {leaf for e in traced.entries.values()
+           for leaf in (*e.principal, *e.others, *e.biases)}
+  exact_sizes = {
+      leaf: paths.subtree(variables['params'], leaf).size
+      for leaf in traced.exact if leaf not in owned}
+  check_boundaries(net.boundaries, names, boundaries)
+  return Survey(
+      units=Units(units, traced.exact, net.flags), output=traced.output,
+      error_parts=traced.error_parts,
+      lifted=tuple(n for n in names if around[n] & {'scan', 'cond'}),
+      blocked=() if 'stop_gradient' in traced.operations else tuple(
+          n for n in names if n in flow.used
+          and n not in found.taught),
+      batch_coupled=tuple(traced.notes.batch_coupled),
+      used=tuple(n for n in names if n in flow.used), mixed=traced.mixed,
+      loops=found.loops, untrained={
+          leaf: step.name for step, _ in traced.plan.walk()
+          for view in step.untrained.values() for leaf in view.leaves},
+      exact_sizes=exact_sizes, detached='stop_gradient' in traced.operations)
 
-  def __init__(self, boundaries: tuple[str, ...] = ()):
-    self.boundaries = boundaries
-    self._surveys = {}
-    self._latest = None
-    self.views = {}  # Of `bpjax.local`: what cuts the network -> the result.
 
-  @property
-  def units(self) -> Units:
-    """Name -> unit, in the order of the calls.
+def _info(name, unit, step, entry, traced, variables, calls, flow,
+          found, examples):
+  shape = lambda v: jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype)
+  inputs = tuple(map(shape, step.inputs))
+  kind, operation, params, summed = base.BOUNDARY, '', {}, None
+  by_example = False
+  positionwise, features = len(inputs[0].shape) == 3, 1
+  if not positionwise:
+    features = len(inputs[0].shape) - 1
+  if entry is not None:
+    own = names_lib.module_of(entry.principal)
+    operation = step.operation
+    kind = traced.notes.modules.get(own, operation)
+    params = _unit_params(entry, step, variables['params'])
+    positionwise, features, summed = _contraction(step)
+  out = shape(step.out)
+  pre = shape(step.pre or step.out)
+  given, made = examples.get((name, step.index), ((None,) * len(inputs), None))
+  if entry is not None:
+    by_example = _by_example(step, given[0])
+  return base.UnitInfo(
+      given_examples=given, examples=made, by_example=by_example,
+      name=name, kind=kind, operation=operation, inputs=inputs, pre=pre, out=out,
+      params=params,
+      net_output=traced.error, is_output=name in flow.readouts,
+      sends=name in found.sends, taught=name in found.taught,
+      calls=len(calls), positionwise=positionwise, feature_axes=features,
+      summed_axes=summed, owns_activation=unit.owns_activation,
+      reads=tuple(flow.reads.get((name, i)) for i in range(len(inputs))),
+      readers=tuple(dict.fromkeys(
+          n for (n, i), source in flow.reads.items()
+          if i == 0 and source == name)))
 
-    A unit has `info` and its pure functions (`bpjax.Unit`): what
-    `rule.backward` takes. `net.units.exact` lists the parameters that meet data
-    outside of all units (gains of norms, embeddings that are added): there a
-    credit rule leaves them on their exact gradient. Known once the network has seen an input's shape (`init`).
-    """
-    if self._latest is None:
-      raise ValueError(
-          '`net.units` is not known before the network has seen an input; call '
-          '`net.init(key, x)` or `rule.init` first.')
-    return self._latest.units
 
-  def survey(self, variables: Mapping[str, Any], x: Any) -> Survey:
-    """What is known of the units for inputs of this shape; traced once."""
-    leaves, structure = jax.tree.flatten((variables, x))
-    cache_key = (structure, tuple(map(jax.typeof, leaves)))
-    if cache_key not in self._surveys:
-      self._surveys[cache_key] = self._take(variables, x)
-    self._latest = self._surveys[cache_key]
-    return self._latest
+def _examples(traced):
+  """(unit, call) -> where examples lie in its inputs, and in its output.
 
-  def _take(self, variables, x):
-    raise NotImplementedError
+  Followed only where something does not have them on its first axis.
+  """
+  size = next((o.shape[0] for o in jax.tree.leaves(traced.output)
+               if jnp.ndim(o)), None)
+  calls = [s for s, _ in traced.plan.walk() if s.how == 'unit']
+  if all(v.aval.shape[:1] == (size,) for s in calls
+         for v in (*s.inputs[:1], s.out)):
+    return {}
+  outs = [{str(i): reach_lib.identity(o.shape)[:1]}
+          if o.shape[:1] == (size,) else {}
+          for i, o in enumerate(map(_shape, jax.tree.leaves(traced.output)))]
+  outs += [{}] * (len(traced.plan.jaxpr.outvars) - len(outs))
+  found = reach_lib.follow(traced.plan, outs, values=True)
+
+  def place(reached):
+    digits = {axes[0] for axes in reached.values() if axes}
+    (digit, *more), = digits if len(digits) == 1 else [(None,)]
+    if more or digit is None or digit[1] is None or digit[1][0] < 0:
+      return None
+    return *digit[1], digit[0]
+
+  return {call: (tuple(map(place, found.given[call])), place(reached))
+          for call, reached in found.places.items() if call in found.given}
+
+
+def _shape(leaf):
+  return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))
+
+
+def exact_by(plan, names, outputs, found):
+  """Parameter -> the operations in which it keeps its exact derivative."""
+  operations = {name: {} for name in names}
+
+  def note(ctx, own, atom, operation):
+    kind = own.kind(atom)
+    if isinstance(kind, trace_lib.View) and found.is_active(ctx, atom):
+      for leaf in kind.leaves:
+        operations[leaf][operation] = True
+
+  def visit(own, ctx):
+    for step in own.steps:
+      eqn, name = step.eqn, step.eqn.primitive.name
+      for i, inner in enumerate(step.inner):
+        inside = flow_lib.context(ctx, eqn, i)
+        visit(inner, inside)
+        outs = inner.jaxpr.outvars if step.how == 'cond' else (
+            inner.jaxpr.outvars[eqn.params['num_carry']:]
+            if step.how == 'scan' else ())
+        for v in outs:
+          note(inside, inner, v, f'{step.how} output')
+      if step.how == 'scan':
+        inner, = step.inner
+        for outer, v in zip(eqn.invars, inner.jaxpr.invars):
+          if not isinstance(inner.kind(v), trace_lib.View):
+            note(ctx, own, outer, 'scan carry')
+      made = eqn.outvars if step.out is None else [step.out]
+      if not any(found.is_reached(ctx, v) for v in made):
+        continue
+      if step.how == 'contact':
+        for e in step.eqns:
+          for v in e.invars:
+            if not isinstance(v, Literal) and v in step.params:
+              note(ctx, own, v, e.primitive.name)
+      elif step.how == 'unit':  # A view in the place of data: a learned query.
+        for v in step.inputs:
+          if v not in step.tail_inputs:
+            note(ctx, own, v, name)
+      elif step.how == 'bind':
+        views = [v for v in eqn.invars if found.is_active(ctx, v)
+                 and isinstance(own.kind(v), trace_lib.View)]
+        if not step.views or name in trace_lib.PRODUCTS and len(views) > 1:
+          for v in views:
+            note(ctx, own, v, name)
+
+  visit(plan, ())
+  for v in plan.jaxpr.outvars[:outputs]:
+    note((), plan, v, 'output')
+  return {name: tuple(by) for name, by in operations.items() if by}
+
+
+def error_parts(plan, flow, entries):
+  """The errors that rules which project the output's error take together.
+
+  The error of a readout is that of its pre-activation, whatever the model makes
+  of it: one that ends in probabilities learns as one that ends in logits.
+  """
+  in_bodies = {
+      s.name for s, around in plan.walk() if around and s.how == 'unit'}
+  parts = []
+  for i, out in enumerate(flow.outs):
+    own = [out] if isinstance(out, str) else sorted(out)
+    simple = [name for name in own if name in entries and (
+        entries[name].calls == 1 and name not in in_bodies)]
+    passed = isinstance(out, str) and not (simple and entries[out].step.tail)
+    if passed or not own or simple != own or not flow.readouts.issuperset(own):
+      parts.append(i)
+    else:
+      parts += own
+  return tuple(dict.fromkeys(parts))
+
+
+def pre_of(entry):
+  aval = (entry.step.pre or entry.step.out).aval
+  return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+
+
+def _unit_params(entry, step, params):
+  """Shapes of a unit's parameters, of one slice where loops hand those out."""
+  loops = {}
+  for view in step.params.values():
+    for leaf in view.leaves:
+      loops[leaf] = tuple(length for _, length in view.loops)
+  shapes = {}
+  for leaf in (*entry.principal, *entry.biases):
+    value = paths.subtree(params, leaf)
+    lengths = loops.get(leaf, ())
+    size = value.shape
+    if lengths and size[:len(lengths)] == lengths:
+      size = size[len(lengths):]
+    name = entry.relative(leaf)
+    if leaf in entry.biases:
+      name = unit_lib.bias_name(name)
+    shapes[name] = jax.ShapeDtypeStruct(size, value.dtype)
+  return paths.nest(shapes)
+
+
+def _by_example(step, place):
+  """Whether a product pairs each example with weights of its own."""
+  if step.operation != 'dot_general':
+    return step.operation.startswith('ragged_dot')
+  _, batch = step.eqn.params['dimension_numbers']
+  side = list(step.eqn.invars[:2]).index(step.weights)
+  return (place[0] if place else 0) in batch[1 - side]
+
+
+def _contraction(step):
+  """Whether a product treats positions alike, its feature axes, and what of the
+  weights is summed over, counted from their last axis."""
+  x, = step.inputs[:1]
+  ndim = len(x.aval.shape)
+  if step.operation != 'dot_general':
+    return False, ndim - 1, None
+  contracting, batch = step.eqn.params['dimension_numbers']
+  side = list(step.eqn.invars[:2]).index(step.weights)
+  mine = step.weights.aval.ndim
+  summed = tuple(axis - mine for axis in contracting[side])
+  read = sorted(contracting[1 - side])
+  trailing = read == list(range(ndim - len(read), ndim)) and not batch[0]
+  return trailing, len(read) if trailing else ndim - 1, summed
 
 
 def check_boundaries(globs, order, boundaries):

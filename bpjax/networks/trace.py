@@ -15,6 +15,7 @@ import math
 from typing import Any
 
 from bpjax import base
+import jax
 from jax.extend.core import ClosedJaxpr
 from jax.extend.core import gensym
 from jax.extend.core import Jaxpr
@@ -102,6 +103,16 @@ class Step:
   def view(self) -> View:
     """What the weights of a unit are made of."""
     return self.params[self.weights]
+
+  def stacked(self, around: Sequence[Step]) -> jax.ShapeDtypeStruct:
+    """The shape of the output, with the turns of the loops around in front."""
+    aval = self.out.aval
+    lengths = [s.eqn.params['length'] for s in around if s.how == 'scan']
+    place = explicit(aval)
+    if place is not None:
+      place = place.update(spec=(*(None for _ in lengths), *place.spec))
+    return jax.ShapeDtypeStruct(
+        (*lengths, *aval.shape), aval.dtype, sharding=place)
 
   @property
   def operation(self) -> str:
@@ -475,6 +486,12 @@ def _take_in(step, others, plan):
           isinstance(plan.kinds[v], View) and v not in step.inputs)}
   step.inputs = tuple(v for v in read if v not in step.params)
   step.out = step.eqns[-1].outvars[0]
+
+
+def explicit(aval: Any) -> Any | None:
+  """Where a value lies on a mesh with explicit axes; None on another."""
+  own = aval.sharding
+  return own if jax.sharding.AxisType.Explicit in own.mesh.axis_types else None
 
 
 def _closed(jaxpr: Any) -> ClosedJaxpr:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bpjax import base
+from bpjax import paths
+from bpjax.networks import run as run_lib
+from bpjax.networks import trace as trace_lib
 import jax
 import jax.numpy as jnp
 
@@ -103,6 +106,92 @@ class Boundary(PureUnit):
 
   def _apply(self, params, inputs, replacement=None):
     return inputs[0], inputs[0]
+
+
+class TraceUnit(PureUnit):
+  """The pure functions of one unit; holds no arrays. See `base.Unit`."""
+
+  def __init__(self, step: trace_lib.Step, entry: Any):
+    self.step = step
+    self.owns_activation = bool(step.tail)
+    self._names = _param_names(step, entry)
+    self.weights_name = self._names.get(step.weights)
+
+  def named(self, values: Sequence[Any]) -> base.Tree:
+    """The unit's parameters by name, from their values in order."""
+    return paths.nest(dict(zip(self._names.values(), values)))
+
+  def _apply(self, params, inputs, replacement=None):
+    step = self.step
+    env = {v: _at(params, name) for v, name in self._names.items()}
+    env.update(zip(step.inputs, inputs))
+    if not step.tail:
+      out = run_lib.evaluate(step.eqns, env, step.out)
+      return out, out
+    pre = replacement
+    if pre is None:
+      pre = run_lib.evaluate(step.eqns, env, step.pre)
+    return run_lib.evaluate(step.tail, {**env, step.pre: pre}, step.out), pre
+
+  def affine(self, params, inputs):
+    # The segment is left out, not only its result.
+    step = self.step
+    size = step.inputs[0].aval.shape[0]
+    if (step.has_head or self.info and self.info.by_example) and (
+        inputs[0].shape[0] != size):
+      return self._in_parts(params, inputs, size)
+    env = {v: _at(params, name) for v, name in self._names.items()}
+    env.update(zip(step.inputs, inputs))
+    return run_lib.evaluate(step.eqns, env, step.pre or step.out)
+
+  def _in_parts(self, params, inputs, size):
+    """`affine` for another batch size than that of the trace.
+
+    What a module does to its input may have the size in its equations, and
+    examples may have weights of their own. Whole numbers stay as they are.
+    """
+    count = inputs[0].shape[0]
+    parts = -(-count // size)
+    cut = {i: jnp.resize(x, (parts, size, *x.shape[1:]))
+           for i, x in enumerate(inputs) if jnp.issubdtype(x.dtype, jnp.inexact)}
+
+    def one(part):
+      own = tuple(part.get(i, x) for i, x in enumerate(inputs))
+      return self.affine(params, own)
+
+    # Ragged products cannot be batched.
+    loop = jax.lax.map if self.info.by_example else lambda f, xs: jax.vmap(f)(xs)
+    out = loop(one, cut)
+    return out.reshape(-1, *out.shape[2:])[:count]
+
+
+def _param_names(step, entry):
+  """Variable -> the name of what it is made of, inside the unit."""
+  names, taken = {}, set()
+  for variable, view in step.params.items():
+    leaves = view.leaves
+    if entry is not None and variable is step.weights:
+      leaves = entry.principal
+    name = leaves[0] if entry is None else entry.relative(leaves[0])
+    if entry is not None and variable is not step.weights:
+      name = bias_name(name)
+    while name in taken:
+      name += '_again'
+    taken.add(name)
+    names[variable] = name
+  return names
+
+
+def bias_name(name):
+  """Biases are called so for rules, whatever the model calls them."""
+  around = name.rpartition('/')[0]
+  return f'{around}/bias' if around else 'bias'
+
+
+def _at(tree, name):
+  for part in name.split('/'):
+    tree = tree[part]
+  return tree
 
 
 def boundary_name(module: str) -> str:

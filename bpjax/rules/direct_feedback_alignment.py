@@ -128,7 +128,8 @@ def direct_feedback_alignment(
           'flattened; use `shared=False`.')
     largest = max(math.prod(shape[1:]) for shape in shapes)
     first = next(iter(units.values()))
-    return draw(key, n_outs[0], (largest,), projection.dtype(first.params, first), scale)
+    dtype = projection.dtype(first.params, first)
+    return draw(key, n_outs[0], (largest,), dtype, scale)
 
   def weights(info, feedback):
     """B of one unit, [n_out or connections, *its input]."""

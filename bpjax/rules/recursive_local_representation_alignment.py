@@ -10,17 +10,15 @@ import math
 
 from bpjax import base
 from bpjax import feedback as feedback_lib
-from bpjax import paths
+from bpjax import wiring as wiring_lib
 from bpjax.engines import credit
 from bpjax.networks import examples
 import jax
 from jax.interpreters import partial_eval
 import jax.numpy as jnp
 
-_WIRINGS = ('direct', 'chain', 'chain_in_gap', 'meta')
 _UPDATES = ('fixed', 'transpose', 'eq6', 'dx')
 _DIRECT_UPDATES = ('fixed', 'eq6', 'dx')
-_OUTPUT = 'output'
 _DIRECT = 'direct'
 
 
@@ -88,21 +86,14 @@ def recursive_local_representation_alignment(
     A rule. All feedback is trainable unless both updates are 'fixed'.
 
   Raises:
-    ValueError: for a value out of range; for a hidden unit without a
-      nonlinearity of its own (see `bpjax.nn.Layer`), a wire between neighbours
-      with a norm or a residual between them that no unit owns, an unknown unit,
-      or a cycle.
+    ValueError: for a value out of range; for a wire between neighbours with
+      something between them that no unit owns, an unknown unit, or a cycle.
 
   Example:
     >>> import bpjax
     >>> rule = bpjax.rules.recursive_local_representation_alignment('meta', gap=3)
   """
-  if isinstance(wiring, str) and wiring not in _WIRINGS:
-    raise ValueError(
-        f'`wiring` must be one of {", ".join(_WIRINGS)} or a mapping from units '
-        f'to their sources, got {wiring!r}.')
-  if gap != int(gap) or gap < 1:
-    raise ValueError(f'`gap` must be a whole number of at least 1, got {gap}.')
+  wiring_lib.check(wiring, gap)
   for name, value in (('beta', beta), ('gamma', gamma), ('radius', radius)):
     if not 0 <= value < math.inf:
       raise ValueError(f'`{name}` must be at least 0, got {value}.')
@@ -121,96 +112,17 @@ def recursive_local_representation_alignment(
 
   if update == 'dx':
     direct_update = update  # Every wire is direct.
-
-  def top_of(unit, order):
-    """The index of the unit at the top of this one's gap."""
-    i = order.index(unit)
-    return min(-(-(i + 1) // gap) * gap, len(order)) - 1
-
-  def source_of(unit, outs):
-    """The unit whose error teaches `unit`; None for the last unit."""
-    order = tuple(outs)
-    if unit == order[-1] or unit not in order:  # A boundary of no rule's.
-      return None
-    if not isinstance(wiring, str):
-      source = wiring.get(unit)
-      return order[-1] if source == _OUTPUT else source
-    i, top = order.index(unit), top_of(unit, order)
-    return order[{
-        'direct': -1, 'chain': i + 1,
-        'chain_in_gap': -1 if i == top else i + 1,
-        'meta': -1 if i == top else top}[wiring]]
-
-  def is_direct(unit, outs):
-    """Whether a unit's wire is a matrix of its own, whoever reads the unit."""
-    if wiring in ('chain_in_gap', 'meta'):
-      order = tuple(outs)
-      return update == 'dx' or order.index(unit) == top_of(unit, order)
-    return wiring == 'direct' or update == 'dx'
-
-  def is_neighbour(info):
-    """Whether the error comes from a unit that reads this one's output."""
-    return (source_of(info.name, info.outs) in info.readers
-            and not is_direct(info.name, info.outs))
-
-  def teaches_below(info):
-    """Whether the unit that this one reads gets its error from this one."""
-    below = info.reads[0] if info.reads else None
-    return (below is not None and source_of(below, info.outs) == info.name
-            and not is_direct(below, info.outs))
-
-  def port(info):
-    source = source_of(info.name, info.outs)
-    if source is None or is_neighbour(info):
-      return None
-    return _OUTPUT if source == tuple(info.outs)[-1] else source
-
-  def check_units(units):
-    if not isinstance(wiring, str):
-      for order in dict.fromkeys(tuple(info.outs) for info in units.values()):
-        _check_wiring(wiring, order)
-    for name, info in units.items():
-      outs = info.outs  # Those of its block, where blocks have their own losses.
-      source = source_of(name, outs)
-      below = info.reads[0] if info.reads else None
-      if below is not None and below not in outs and info.kind != base.BOUNDARY:
-        raise ValueError(
-            f'unit `{below}` gets no error from `{name}`, which tells its own '
-            'targets alone to units of its own rule; give both the same rule, or '
-            'end the block of the former in a boundary '
-            '(`from_linen(boundaries=...)`).')
-      if source is None:
-        continue
-      if info.kind == base.BOUNDARY:
-        continue
-      if info.pre.shape != info.out.shape:
-        raise ValueError(
-            f'unit `{name}` must put out the shape of its affine operation, '
-            f'{info.pre.shape}, got {info.out.shape}; keep pooling outside.')
-      next_one = tuple(outs)[tuple(outs).index(name) + 1]
-      if (isinstance(wiring, str) and source == next_one
-          and not is_neighbour(info) and not is_direct(name, outs)
-          and not (source in units and units[source].kind == base.BOUNDARY)):
-        raise ValueError(
-            f'a target of unit `{name}` cannot come from `{source}`: between '
-            'them lies something that no unit owns, a norm or a residual; put '
-            'it into a unit, as bpjax.nn.Layer does with `skip`, or give a '
-            f"mapping that wires `{name}` to 'output'.")
-      above = units.get(source)
-      if port(info) == source and above is not None and above.examples not in (
-          None, examples.first_place(above.out.shape)):
-        raise ValueError(
-            f'unit `{name}` cannot read the error of `{source}`, which has its '
-            "examples on another axis than the first; wire it to 'output'.")
+  wires = wiring_lib.Wiring(wiring, gap, all_direct=update == 'dx')
 
   def init_unit(key, info, params):
     weights_key, direct_key = jax.random.split(key)
     feedback = {}
-    if teaches_below(info):
+    if wires.teaches_below(info):
       feedback |= feedback_lib.draw(weights_key, info, params, scale) or {}
-    source = port(info)
+    source = wires.port(info)
     if source is not None:
-      read = info.net_output if source == _OUTPUT else info.outs[source]
+      read = (info.net_output if source == wiring_lib.OUTPUT
+              else info.outs[source])
       shape = jax.eval_shape(
           lambda out: examples.first(out, info.examples), info.out).shape[1:]
       feedback[_DIRECT] = (
@@ -235,9 +147,9 @@ def recursive_local_representation_alignment(
   def backward(unit, params, feedback, activations, signal):
     info = unit.info
     moved, read = None, signal.error
-    if port(info) == _OUTPUT:  # Other units' errors are mixed already.
+    if wires.port(info) == wiring_lib.OUTPUT:  # Those of units are mixed.
       read = mixed(read)
-    if source_of(info.name, info.outs) is None:
+    if wires.source_of(info.name, tuple(info.outs)) is None:
       # Of the loss at the pre-activation, whatever the unit ends in.
       error = signal.teaching
       if info.kind != base.BOUNDARY:
@@ -258,10 +170,10 @@ def recursive_local_representation_alignment(
     if info.kind == base.BOUNDARY:
       messages = (error,)
     learned = {}
-    if teaches_below(info) and feedback:
-      wires = {k: v for k, v in feedback.items() if k != _DIRECT}
-      messages = unit.inputs_vjp(params, wires, activations, delta)
-      learned = jax.tree.map(jnp.zeros_like, wires)
+    if wires.teaches_below(info) and feedback:
+      synapses = {k: v for k, v in feedback.items() if k != _DIRECT}
+      messages = unit.inputs_vjp(params, synapses, activations, delta)
+      learned = jax.tree.map(jnp.zeros_like, synapses)
       if update == 'transpose':
         learned = jax.tree.map(
             lambda u: gamma * u, feedback_lib.stands_for(updates))
@@ -292,12 +204,12 @@ def recursive_local_representation_alignment(
     del params
     parts = {
         name: {k: v for k, v in part.items() if k != _DIRECT}
-        for name, part in feedback.items() if teaches_below(units[name])}
+        for name, part in feedback.items() if wires.teaches_below(units[name])}
     return {name: part for name, part in parts.items() if part}
 
   return credit.Rule(
       name='recursive_local_representation_alignment', backward=backward,
-      init_unit=init_unit, port=port, check_units=check_units,
+      init_unit=init_unit, port=wires.port, check_units=wires.check_units,
       learns_feedback=learns, segment='shape', weight_target=weight_target)
 
 
@@ -313,27 +225,3 @@ def _slope(unit, params, activations, shift, error):
         f"`update` 'dx' needs an activation with a derivative, and that of unit "
         f"`{unit.info.name}` is zero everywhere; use 'eq6' or 'fixed'.")
   return jax.vjp(activation, pre)[1](error)[0]
-
-
-def _check_wiring(wiring, order):
-  """Raises for a unit without a source, and for names that are no units."""
-  for name in (*wiring, *wiring.values()):
-    if name not in (*order, _OUTPUT):
-      raise ValueError(
-          f'`wiring` names `{name}`, which is no unit; '
-          f'{paths.nearest(name, [*order, _OUTPUT])}.')
-  for name in order[:-1]:
-    if name not in wiring:
-      raise ValueError(
-          f"`wiring` must give every hidden unit a source, and has none for "
-          f"`{name}`; wire it to 'output' or to a unit.")
-  for name in order[:-1]:
-    seen = [name]
-    while seen[-1] in wiring:
-      source = wiring[seen[-1]]
-      if source in seen:
-        raise ValueError(
-            f'`wiring` never reaches the output from unit `{name}`: it goes '
-            f"round in {' -> '.join([*seen, source])}; wire one of them to "
-            "'output'.")
-      seen.append(source)

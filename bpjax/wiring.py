@@ -1,0 +1,147 @@
+"""Which unit's error teaches which unit, for rules that wire units freely."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from bpjax import base
+from bpjax import paths
+from bpjax.networks import examples
+
+KINDS = ('direct', 'chain', 'chain_in_gap', 'meta')
+OUTPUT = 'output'
+
+
+def check(wiring: str | Mapping[str, str], gap: int) -> None:
+  """Raises a ValueError for what no wiring can be."""
+  if isinstance(wiring, str) and wiring not in KINDS:
+    raise ValueError(
+        f'`wiring` must be one of {", ".join(KINDS)} or a mapping from units '
+        f'to their sources, got {wiring!r}.')
+  if gap != int(gap) or gap < 1:
+    raise ValueError(f'`gap` must be a whole number of at least 1, got {gap}.')
+
+
+class Wiring:
+  """The wires of a network, from what is known of its units.
+
+  Attributes:
+    wiring: one of `KINDS`, or unit -> the unit that teaches it, or 'output'.
+    gap: the number of units in a gap, for 'chain_in_gap' and 'meta'.
+    all_direct: whether every wire is a matrix of its own.
+  """
+
+  def __init__(
+      self, wiring: str | Mapping[str, str], gap: int, all_direct: bool):
+    self.wiring, self.gap, self.all_direct = wiring, gap, all_direct
+
+  def _top_of(self, unit, order):
+    """The index of the unit at the top of this one's gap."""
+    i = order.index(unit)
+    return min(-(-(i + 1) // self.gap) * self.gap, len(order)) - 1
+
+  def source_of(self, unit: str, outs: Sequence[str]) -> str | None:
+    """The unit whose error teaches `unit`; None for the last unit."""
+    order = tuple(outs)
+    if unit == order[-1] or unit not in order:  # A boundary of no rule's.
+      return None
+    if not isinstance(self.wiring, str):
+      source = self.wiring.get(unit)
+      return order[-1] if source == OUTPUT else source
+    i, top = order.index(unit), self._top_of(unit, order)
+    return order[{
+        'direct': -1, 'chain': i + 1,
+        'chain_in_gap': -1 if i == top else i + 1,
+        'meta': -1 if i == top else top}[self.wiring]]
+
+  def is_direct(self, unit: str, outs: Sequence[str]) -> bool:
+    """Whether a unit's wire is a matrix of its own, whoever reads the unit."""
+    if self.wiring in ('chain_in_gap', 'meta'):
+      order = tuple(outs)
+      return self.all_direct or order.index(unit) == self._top_of(unit, order)
+    return self.wiring == 'direct' or self.all_direct
+
+  def is_neighbour(self, info: base.UnitInfo) -> bool:
+    """Whether the error comes from a unit that reads this one's output."""
+    return (self.source_of(info.name, tuple(info.outs)) in info.readers
+            and not self.is_direct(info.name, tuple(info.outs)))
+
+  def teaches_below(self, info: base.UnitInfo) -> bool:
+    """Whether the unit that this one reads gets its error from this one."""
+    outs = tuple(info.outs)
+    below = info.reads[0] if info.reads else None
+    return (below is not None and self.source_of(below, outs) == info.name
+            and not self.is_direct(below, outs))
+
+  def port(self, info: base.UnitInfo) -> str | None:
+    """What a unit reads directly: 'output', a unit, or None."""
+    outs = tuple(info.outs)
+    source = self.source_of(info.name, outs)
+    if source is None or self.is_neighbour(info):
+      return None
+    return OUTPUT if source == outs[-1] else source
+
+  def check_units(self, units: Mapping[str, base.UnitInfo]) -> None:
+    """Raises a ValueError for units that cannot be wired so."""
+    if not isinstance(self.wiring, str):
+      for order in dict.fromkeys(tuple(info.outs) for info in units.values()):
+        _check_sources(self.wiring, order)
+    for info in units.values():
+      self._check_unit(info, units)
+
+  def _check_unit(self, info, units):
+    name = info.name
+    outs = tuple(info.outs)  # Of its block, where blocks have their own losses.
+    source = self.source_of(name, outs)
+    below = info.reads[0] if info.reads else None
+    if below is not None and below not in outs and info.kind != base.BOUNDARY:
+      raise ValueError(
+          f'unit `{below}` gets no error from `{name}`, which tells its own '
+          'targets alone to units of its own rule; give both the same rule, or '
+          'end the block of the former in a boundary '
+          '(`from_linen(boundaries=...)`).')
+    if source is None or info.kind == base.BOUNDARY:
+      return
+    if info.pre.shape != info.out.shape:
+      raise ValueError(
+          f'unit `{name}` must put out the shape of its affine operation, '
+          f'{info.pre.shape}, got {info.out.shape}; keep pooling outside.')
+    next_one = outs[outs.index(name) + 1]
+    if (isinstance(self.wiring, str) and source == next_one
+        and not self.is_neighbour(info) and not self.is_direct(name, outs)
+        and not (source in units and units[source].kind == base.BOUNDARY)):
+      raise ValueError(
+          f'a target of unit `{name}` cannot come from `{source}`: between '
+          'them lies something that no unit owns, a norm or a residual; put '
+          'it into a unit, as bpjax.nn.Layer does with `skip`, or give a '
+          f"mapping that wires `{name}` to 'output'.")
+    above = units.get(source)
+    if self.port(info) == source and above is not None and above.examples not in (
+        None, examples.first_place(above.out.shape)):
+      raise ValueError(
+          f'unit `{name}` cannot read the error of `{source}`, which has its '
+          "examples on another axis than the first; wire it to 'output'.")
+
+
+def _check_sources(wiring, order):
+  """Raises for a unit without a source, and for names that are no units."""
+  for name in (*wiring, *wiring.values()):
+    if name not in (*order, OUTPUT):
+      raise ValueError(
+          f'`wiring` names `{name}`, which is no unit; '
+          f'{paths.nearest(name, [*order, OUTPUT])}.')
+  for name in order[:-1]:
+    if name not in wiring:
+      raise ValueError(
+          f"`wiring` must give every hidden unit a source, and has none for "
+          f"`{name}`; wire it to 'output' or to a unit.")
+  for name in order[:-1]:
+    seen = [name]
+    while seen[-1] in wiring:
+      source = wiring[seen[-1]]
+      if source in seen:
+        raise ValueError(
+            f'`wiring` never reaches the output from unit `{name}`: it goes '
+            f"round in {' -> '.join([*seen, source])}; wire one of them to "
+            "'output'.")
+      seen.append(source)

@@ -55,6 +55,30 @@ def setup(model, **arguments):
   return net, variables, x, y
 
 
+def squares(unit, state):
+  """The energy of predictive coding (Whittington and Bogacz, 2017)."""
+  return jnp.sum(.5 * (state - unit.activation(unit.pre))**2), state
+
+
+class EnergyTest(float64.Float64TestCase):
+
+  @parameterized.parameters('dense', 'twice', 'layer', 'conv')
+  def test_energy_of_predictive_coding_gives_backprop_for_small_nudges(
+      self, kind):
+    net, variables, x, y = setup(Settled(kind))
+    rule = bpjax.engines.settling.Rule(
+        'predictive', squares, lambda info, state: state, 400, 400, .3, 1e-6,
+        'symmetric')
+    learn = lambda rule: jax.jit(rule.value_and_grad(net, cost))(
+        variables, {}, x, y, jax.random.key(2))
+    (value, aux), (grads, _) = learn(rule)
+    (expected, plain), (exact, _) = learn(bpjax.rules.backprop())
+    np.testing.assert_allclose(value, expected, rtol=1e-12)
+    np.testing.assert_allclose(aux.output, plain.output, rtol=1e-12)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(
+        a, b, rtol=1e-5, atol=1e-8), grads, exact)
+
+
 class ReferenceTest(float64.Float64TestCase):
 
   @parameterized.product(nudge=('positive', 'symmetric', 'random'),

@@ -1,11 +1,10 @@
 """The settling engine: a network that relaxes to a minimum of an energy.
 
-Each unit has a state in place of its output, and the energy is written by the
-model itself: it is run once with the states for its units' outputs, and each
-unit adds the agreement of its state with what its affine operation makes of the
-states below. Autodiff gives the forces on states and on parameters alike, so
-that whatever lies between units (a reshape, pooling, a norm over features) is
-part of the energy.
+Each unit has a state. The model itself is run once with what the states pass on
+in place of its units' outputs, and each unit adds the rule's energy of its state
+and of what its affine operation makes of the states below. Autodiff gives the
+forces on states and on parameters alike, so that whatever lies between units (a
+reshape, pooling, a norm over features) is part of the energy.
 """
 
 from __future__ import annotations
@@ -20,10 +19,17 @@ from bpjax.engines import checks
 from bpjax.engines import credit
 from bpjax.engines import reduction as reduction_lib
 from bpjax.networks import network
+from bpjax.networks import unit as unit_lib
 import jax
 import jax.numpy as jnp
 
 _STATE, _ENERGY, _DRIVE = 'call', 'energy', 'drive'
+
+# (unit, its state) -> the unit's energy, all examples together, and what its
+# state passes on. `unit.pre` is what its affine operation makes of the states
+# below, `unit.activation` what follows that operation.
+Energy = Callable[
+    [base.BoundUnit, base.Array], tuple[base.Array, base.Array]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,20 +38,22 @@ class Rule(engine.Base):
 
   Attributes:
     name: the rule's name.
+    energy: `(unit, state) -> (energy, out)`, see `Energy`.
+    project: `(info, state) -> state`, where states may be: after every step.
     free_steps: steps of the free phase.
     nudged_steps: steps of a nudged phase.
     step_size: of the dynamics.
     beta: strength of the nudge.
     nudge: 'random' (a sign for every batch), 'positive' or 'symmetric'.
-    readout: what the output unit's state is kept in, 'linear' or 'clip'.
   """
   name: str
+  energy: Energy
+  project: Callable[[base.UnitInfo, base.Array], base.Array]
   free_steps: int
   nudged_steps: int
   step_size: float
   beta: float
   nudge: str
-  readout: str
   _no_bind = 'lets the network settle'
 
   def seen_by(
@@ -214,14 +222,14 @@ class _System:
       info = self._infos[call.name]
       if info.kind == base.BOUNDARY:
         return call.original()
-      s = call.read(base.PARTICLES, _STATE)
-      out = s  # A state that is kept within [0, 1] is its own rate.
-      if info.owns_activation:
-        out = call.unit.activation(call.params, s, call.inputs)
       drive = call.read(base.PARTICLES, _DRIVE)
       if drive is None:
         drive = call.unit.affine(call.params, call.inputs)
-      call.write(base.PARTICLES, jnp.sum(.5 * s**2) - jnp.sum(drive * out), _ENERGY)
+      state = call.read(base.PARTICLES, _STATE)
+      energy, out = self._rule.energy(
+          unit_lib.Bound(call.unit, call.params, base.Activations(
+              call.inputs, drive, None)), state)
+      call.write(base.PARTICLES, energy, _ENERGY)
       return out
 
     output, collections = self._run(params, states, visit)
@@ -263,11 +271,8 @@ class _System:
     return _only(kept, _DRIVE)
 
   def _move(self, path, state, force):
-    state = state - self._rule.step_size * force
     info = self._infos['/'.join(str(k.key) for k in path[:-1])]
-    bounded = not info.owns_activation and (
-        not info.is_output or self._rule.readout == 'clip')
-    return jnp.clip(state, 0, 1) if bounded else state
+    return self._rule.project(info, state - self._rule.step_size * force)
 
   def _run(self, params, states, visit):
     return self._net.run(

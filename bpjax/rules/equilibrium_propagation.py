@@ -5,9 +5,12 @@ backpropagation, Scellier and Bengio, Frontiers in Computational Neuroscience 20
 (https://arxiv.org/abs/1602.05179).
 """
 
+import functools
 import math
 
+from bpjax import base
 from bpjax.engines import settling
+import jax.numpy as jnp
 
 _NUDGES = ('random', 'positive', 'symmetric')
 _READOUTS = ('linear', 'clip')
@@ -84,5 +87,18 @@ def equilibrium_propagation(
       raise ValueError(
           f'`{name}` must be one of {", ".join(known)}, got {value!r}.')
   return settling.Rule(
-      'equilibrium_propagation', int(free_steps), int(nudged_steps), step_size,
-      beta, nudge, readout)
+      'equilibrium_propagation', _energy,
+      functools.partial(_within, readout == 'clip'), int(free_steps),
+      int(nudged_steps), step_size, beta, nudge)
+
+
+def _energy(
+    unit: base.BoundUnit, state: base.Array) -> tuple[base.Array, base.Array]:
+  rate = unit.activation(state)  # A state within [0, 1] is its own rate.
+  return jnp.sum(.5 * state**2) - jnp.sum(unit.pre * rate), rate
+
+
+def _within(
+    clip_readout: bool, info: base.UnitInfo, state: base.Array) -> base.Array:
+  bounded = not info.owns_activation and (not info.is_output or clip_readout)
+  return jnp.clip(state, 0, 1) if bounded else state

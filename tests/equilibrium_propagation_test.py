@@ -67,8 +67,8 @@ class EnergyTest(float64.Float64TestCase):
       self, kind):
     net, variables, x, y = setup(Settled(kind))
     rule = bpjax.engines.settling.Rule(
-        'predictive', squares, lambda info, state: state, 400, 400, .3, 1e-6,
-        'symmetric')
+        'predictive', squares, lambda unit: jnp.zeros_like(unit.pre),
+        lambda info, state: state, 400, 400, .3, 1e-6, 'symmetric')
     learn = lambda rule: jax.jit(rule.value_and_grad(net, cost))(
         variables, {}, x, y, jax.random.key(2))
     (value, aux), (grads, _) = learn(rule)

@@ -7,14 +7,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-# Rules that set targets, which need units with their nonlinearity; the one that
-# settles, which takes no BatchNorm; all others.
+# Rules that set targets, which need units with their nonlinearity; those that
+# settle, which take no BatchNorm; those that
+# train the network as a whole; all others.
 TARGETS = (
     'difference_target_propagation', 'local_representation_alignment',
     'recursive_local_representation_alignment', 'target_propagation')
-SETTLING = ('equilibrium_propagation',)
-BARE = tuple(
-    name for name in bpjax.rules.names() if name not in (*TARGETS, *SETTLING))
+SETTLING = ('equilibrium_propagation', 'predictive_coding')
+WHOLE = ('pepita', 'spsa')
+BARE = tuple(name for name in bpjax.rules.names()
+             if name not in (*TARGETS, *SETTLING, *WHOLE))
 
 
 class Layered(nn.Module):

@@ -101,7 +101,7 @@ class Base(feedback_lib.NoFeedback):
     reduction_lib.check(reduction)
 
     def learn(variables, feedback, x, y, key=None):
-      self.check(net.survey(variables, x))
+      self.check(self.seen_by(net, variables, x).survey(variables, x))
       value, aux, grads, count = self.differentiate(
           net, loss, variables, feedback, x, y, key)
       grads, = reduction_lib.apply(reduction, (grads,), count)

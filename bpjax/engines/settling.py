@@ -30,6 +30,9 @@ _STATE, _ENERGY, _DRIVE = 'call', 'energy', 'drive'
 # below, `unit.activation` what follows that operation.
 Energy = Callable[
     [base.BoundUnit, base.Array], tuple[base.Array, base.Array]]
+# unit -> its state to begin with; `unit.out` is what the model's own pass makes
+# of what the states below pass on.
+Start = Callable[[base.BoundUnit], base.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +42,9 @@ class Rule(engine.Base):
   Attributes:
     name: the rule's name.
     energy: `(unit, state) -> (energy, out)`, see `Energy`.
+    start: `unit -> state`, see `Start`.
     project: `(info, state) -> state`, where states may be: after every step.
-    free_steps: steps of the free phase.
+    free_steps: steps of the free phase; 0 where `start` is its fixed point.
     nudged_steps: steps of a nudged phase.
     step_size: of the dynamics.
     beta: strength of the nudge.
@@ -48,6 +52,7 @@ class Rule(engine.Base):
   """
   name: str
   energy: Energy
+  start: Start
   project: Callable[[base.UnitInfo, base.Array], base.Array]
   free_steps: int
   nudged_steps: int
@@ -82,8 +87,6 @@ class Rule(engine.Base):
       self, net: network.Network, variables: Mapping[str, Any], x: Any
   ) -> base.Tree:
     """States to begin with: nested as `params` is, then by call.
-
-    All are 0, but for a unit whose activation has no slope there (relu): 1.
 
     Args:
       net: the network.
@@ -153,7 +156,7 @@ class Rule(engine.Base):
           "pass `key=jax.random.key(...)`, or choose another `nudge`.")
     system = _System(self, net, variables, x, key)
     params = variables['params']
-    begin = variables.get(base.PARTICLES)
+    begin = variables.get(base.PARTICLES) if self.free_steps else None
     free = system.settle(
         params, system.start() if begin is None else begin, self.free_steps)
     _, (output, state) = system.energy(params, free)
@@ -163,18 +166,30 @@ class Rule(engine.Base):
     if self.nudge == 'random':
       beta = beta * jax.random.rademacher(own_key, (), losses.dtype)
 
-    def nudged(beta):
-      cost = lambda output: beta * jnp.sum(loss(output, y))
-      return system.settle(params, free, self.nudged_steps, cost)
+    def cost(beta):
+      return lambda output: beta * jnp.sum(loss(output, y))
 
-    after, before, span = nudged(beta), free, beta
+    def nudged(beta):
+      return system.settle(params, free, self.nudged_steps, cost(beta))
+
+    def pull(beta, states):
+      """How the whole energy pulls the parameters."""
+
+      def total(params):
+        energy, (output, _) = system.energy(params, states)
+        return energy + cost(beta)(output)
+
+      return jax.grad(total)(params)
+
+    after, before, least = nudged(beta), free, 0.
     if self.nudge == 'symmetric':
-      before, span = nudged(-beta), 2 * beta
-    force = jax.grad(lambda p, s: system.energy(p, s)[0])
+      before, least = nudged(-beta), -beta
+    span = beta - least
     grads = jax.tree.map(
-        lambda a, b: (a - b) / span, force(params, after), force(params, before))
+        lambda a, b: (a - b) / span, pull(beta, after), pull(least, before))
     moved = jax.tree.map(lambda a, b: (b - a) / span, after, before)
-    aux = base.Aux(output, {**state, base.PARTICLES: free})
+    kept = {base.PARTICLES: free} if self.free_steps else {}
+    aux = base.Aux(output, {**state, **kept})
     return jnp.mean(losses), aux, grads, losses.size, moved
 
 
@@ -191,27 +206,15 @@ class _System:
         c: v for c, v in variables.items() if c not in ('params', base.PARTICLES)}
 
   def start(self):
-    """States of 0, in the structure that the model's own scans need.
-
-    Those of a unit whose activation has no slope at 0, such as relu, would stay
-    there: they begin at 1.
-    """
+    """The states to begin with, in the structure that the model's scans need."""
 
     def visit(call):
-      info = self._infos[call.name]
-      if info.kind == base.BOUNDARY:
+      if self._infos[call.name].kind == base.BOUNDARY:
         return call.original()
-      activation = lambda s: call.unit.activation(call.params, s, call.inputs)
-      state = jnp.zeros_like(call.unit(call.params, call.inputs)[0])
-      if info.owns_activation:
-        out, pull = jax.vjp(activation, state)
-        # In any direction; a norm's slopes add up to 0.
-        slope, = pull(jnp.zeros_like(out) + jax.random.normal(
-            jax.random.key(0), out.shape, out.dtype))
-        alive = jnp.any(slope != 0) & jnp.all(jnp.isfinite(slope))
-        state = jnp.where(alive, state, 1)
+      unit = self._bound(call, *call.unit(call.params, call.inputs))
+      state = self._rule.start(unit)
       call.write(base.PARTICLES, state, _STATE)
-      return activation(state)
+      return self._rule.energy(unit, state)[1]
 
     return self._run(self._params, {}, visit)[1][base.PARTICLES]
 
@@ -226,9 +229,7 @@ class _System:
       if drive is None:
         drive = call.unit.affine(call.params, call.inputs)
       state = call.read(base.PARTICLES, _STATE)
-      energy, out = self._rule.energy(
-          unit_lib.Bound(call.unit, call.params, base.Activations(
-              call.inputs, drive, None)), state)
+      energy, out = self._rule.energy(self._bound(call, drive), state)
       call.write(base.PARTICLES, energy, _ENERGY)
       return out
 
@@ -239,6 +240,11 @@ class _System:
         jnp.sum(term) for path, term in named
         if str(path[-1].key).startswith(_ENERGY))
     return total, (output, {c: collections[c] for c in self._state})
+
+  def _bound(self, call, pre, out=None):
+    call.unit.info = self._infos[call.name]
+    return unit_lib.Bound(
+        call.unit, call.params, base.Activations(call.inputs, pre, out))
 
   def settle(self, params, states, steps, cost=None):
     """`steps` steps down the energy, and the cost of the output if any."""

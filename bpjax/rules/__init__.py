@@ -14,6 +14,7 @@ from bpjax.rules.difference_target_propagation import (
   difference_target_propagation,
 )
 from bpjax.rules.direct_feedback_alignment import direct_feedback_alignment
+from bpjax.rules.direct_kolen_pollack import direct_kolen_pollack
 from bpjax.rules.direct_random_target_projection import (
   direct_random_target_projection,
 )
@@ -24,10 +25,13 @@ from bpjax.rules.kolen_pollack import kolen_pollack
 from bpjax.rules.local_representation_alignment import (
   local_representation_alignment,
 )
+from bpjax.rules.pepita import pepita
+from bpjax.rules.predictive_coding import predictive_coding
 from bpjax.rules.recursive_local_representation_alignment import (
   recursive_local_representation_alignment,
 )
 from bpjax.rules.sign_symmetry import sign_symmetry
+from bpjax.rules.spsa import spsa
 from bpjax.rules.target_propagation import target_propagation
 from bpjax.rules.weight_mirror import weight_mirror
 
@@ -42,6 +46,7 @@ __all__ = (
     'by_path',
     'difference_target_propagation',
     'direct_feedback_alignment',
+    'direct_kolen_pollack',
     'direct_random_target_projection',
     'equilibrium_propagation',
     'feedback_alignment',
@@ -50,8 +55,11 @@ __all__ = (
     'kolen_pollack',
     'local_representation_alignment',
     'names',
+    'pepita',
+    'predictive_coding',
     'recursive_local_representation_alignment',
     'sign_symmetry',
+    'spsa',
     'target_propagation',
     'weight_mirror',
 )

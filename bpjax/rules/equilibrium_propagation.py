@@ -10,6 +10,7 @@ import math
 
 from bpjax import base
 from bpjax.engines import settling
+import jax
 import jax.numpy as jnp
 
 _NUDGES = ('random', 'positive', 'symmetric')
@@ -87,7 +88,7 @@ def equilibrium_propagation(
       raise ValueError(
           f'`{name}` must be one of {", ".join(known)}, got {value!r}.')
   return settling.Rule(
-      'equilibrium_propagation', _energy,
+      'equilibrium_propagation', _energy, _rest,
       functools.partial(_within, readout == 'clip'), int(free_steps),
       int(nudged_steps), step_size, beta, nudge)
 
@@ -96,6 +97,18 @@ def _energy(
     unit: base.BoundUnit, state: base.Array) -> tuple[base.Array, base.Array]:
   rate = unit.activation(state)  # A state within [0, 1] is its own rate.
   return jnp.sum(.5 * state**2) - jnp.sum(unit.pre * rate), rate
+
+
+def _rest(unit: base.BoundUnit) -> base.Array:
+  """0; but 1 where the activation has no slope there, and s would stay."""
+  state = jnp.zeros_like(unit.pre)
+  if not unit.info.owns_activation:
+    return state
+  out, pull = jax.vjp(unit.activation, state)
+  # In any direction; a norm's slopes add up to 0.
+  slope, = pull(jax.random.normal(jax.random.key(0), out.shape, out.dtype))
+  alive = jnp.any(slope != 0) & jnp.all(jnp.isfinite(slope))
+  return jnp.where(alive, state, 1)
 
 
 def _within(

@@ -14,7 +14,7 @@ TARGETS = (
     'difference_target_propagation', 'local_representation_alignment',
     'recursive_local_representation_alignment', 'target_propagation')
 SETTLING = ('equilibrium_propagation', 'predictive_coding')
-WHOLE = ('pepita', 'spsa')
+WHOLE = ('forward_forward', 'pepita', 'spsa')
 BARE = tuple(name for name in bpjax.rules.names()
              if name not in (*TARGETS, *SETTLING, *WHOLE))
 

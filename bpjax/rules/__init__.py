@@ -20,6 +20,7 @@ from bpjax.rules.direct_random_target_projection import (
 )
 from bpjax.rules.equilibrium_propagation import equilibrium_propagation
 from bpjax.rules.feedback_alignment import feedback_alignment
+from bpjax.rules.forward_forward import forward_forward
 from bpjax.rules.forward_gradient import forward_gradient
 from bpjax.rules.kolen_pollack import kolen_pollack
 from bpjax.rules.local_representation_alignment import (
@@ -50,6 +51,7 @@ __all__ = (
     'direct_random_target_projection',
     'equilibrium_propagation',
     'feedback_alignment',
+    'forward_forward',
     'forward_gradient',
     'get',
     'kolen_pollack',

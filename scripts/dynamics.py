@@ -162,11 +162,10 @@ def mlp(
   init = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
   dense = functools.partial(nn.Dense, use_bias=False, kernel_init=init)
   parts = [lambda x: x.reshape(len(x), -1)]
-  for i in range(layers - 1):
-    parts += [dense(width, name=f'layer_{i + 1}'), act]
-  net = bpjax.from_linen(
-      nn.Sequential([*parts, dense(outputs, name=f'layer_{layers}')]))
-  return net, [f'layer_{i + 1}' for i in range(layers)]
+  for _ in range(layers - 1):
+    parts += [dense(width), act]
+  names = [f'layers_{2 * i + 1}' for i in range(layers)]
+  return bpjax.from_linen(nn.Sequential([*parts, dense(outputs)])), names
 
 
 def uniform_feedback(key: Any, feedback: Mapping[str, Any]) -> dict[str, Any]:
@@ -251,12 +250,22 @@ class Trainer:
 
   def measure(self, function: Callable[..., Any], *args: Any) -> Any:
     """`function(params of one network, *args)` for all networks, as numpy."""
+    return self._measure(function, None, None, *args)
+
+  def measure_each(
+      self, function: Callable[..., Any], of_each: Any, *args: Any) -> Any:
+    """The same with a last argument that each network has its own of."""
+    return self._measure(function, 0, of_each, *args)
+
+  def _measure(self, function, axis, of_each, *args):
     if function not in self._measures:
+      call = lambda params, of_each, *args: function(
+          params, *args, *([] if axis is None else [of_each]))
       self._measures[function] = jax.jit(jax.vmap(
-          function, (0, *(None for _ in args))))
+          call, (0, axis, *(None for _ in args))))
     return jax.tree.map(
         lambda a: np.asarray(a, float),
-        self._measures[function](self.params, *args))
+        self._measures[function](self.params, of_each, *args))
 
 
 def gradient_alignment(
@@ -265,7 +274,7 @@ def gradient_alignment(
   """Of the hidden layers of a chain, on one batch; pure."""
   variables = {'params': params}
   signals = [
-      r.signals(net, loss, variables, f, x, y)[1]
+      r.signals(net, loss, variables, f, x, y, None)[1]
       for r, f in ((rule, feedback), (bpjax.rules.backprop(), {}))]
   taught, exact = (
       [jax.tree.leaves(bpjax.paths.subtree(s, name))[0].reshape(len(x), -1)

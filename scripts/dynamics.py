@@ -106,8 +106,8 @@ def _read(path):
     raise measurement.FlagError(
         f'`read` must be a file that --output wrote, got {path!r}: {error}'
     ) from error
-  return {k: v for k, v in record.items()
-          if k not in ('claims', 'command', 'versions')}
+  record.pop('claims', None)
+  return record  # With the command and the versions that measured it.
 
 
 def spread(values: Sequence[float]) -> tuple[float, float]:

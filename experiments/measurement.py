@@ -98,11 +98,11 @@ def table(title: str, *columns: str) -> rich.table.Table:
       title=title)
 
 
-def show(shown: rich.table.Table) -> None:
-  """Prints a table, 100 characters wide where there is no terminal."""
+def show(shown: rich.table.Table, width: int = 100) -> None:
+  """Prints a table, `width` characters wide where there is no terminal."""
   console = rich.console.Console()
   if not console.is_terminal:
-    console = rich.console.Console(width=100)
+    console = rich.console.Console(width=width)
   console.print(shown)
 
 

@@ -145,6 +145,8 @@ class UnitInfo:
     examples: where they lie in `out`.
     by_example: whether each example has weights of its own (those of an expert
       that the data picks), so that the operation has one batch size.
+    weights_as_kept: whether its weights are a parameter as it is kept, which no
+      other unit reads: not transposed, normalised or tied.
   """
   name: str
   kind: str
@@ -170,6 +172,7 @@ class UnitInfo:
   given_examples: tuple[tuple[int, int, int] | None, ...] = ()
   examples: tuple[int, int, int] | None = None
   by_example: bool = False
+  weights_as_kept: bool = True
 
 
 class Delta(NamedTuple):

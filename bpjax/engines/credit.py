@@ -636,7 +636,7 @@ def _wrap(unit, info, rule, read, from_output, divisor):
     params, feedback, inputs, pre, out, key, tap, readout, told = residuals
     teaching, error = cotangents
     if from_output:
-      error = _late(error, teaching)
+      error = late(error, teaching)
     activations = base.Activations(inputs, pre, out)
     credit = rule.answer(
         unit, params, feedback, activations,
@@ -661,8 +661,8 @@ def _wrap(unit, info, rule, read, from_output, divisor):
   return call
 
 
-def _late(error, teaching):
-  """The error of the output; on a CPU, no earlier than `teaching` is there.
+def late(error: base.Tree, teaching: base.Array) -> base.Tree:
+  """`error`, of arrays; on a CPU, no earlier than `teaching` is there.
 
   Nothing holds a message back that is made of the output's error alone. XLA's
   CPU scheduler makes those of all units first and keeps them, which takes half

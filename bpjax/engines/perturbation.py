@@ -11,6 +11,8 @@ from __future__ import annotations
 import collections
 from collections.abc import Callable, Mapping
 import dataclasses
+import functools
+import itertools
 from typing import Any
 
 from bpjax import base
@@ -51,6 +53,10 @@ class Rule(engine.Base):
     signs: whether directions have no entries but 1 and -1.
     noise: None for what `perturb` has by itself; 'shared' for activity noise
       that all examples share, 'independent' for weight noise that none do.
+    apart: `(key, arrays) -> functions`, each of which draws one of the tangents
+      of `directions` when it is called with what it is to wait for.
+    recompute: whether a second forward pass stands in for what the first would
+      have to keep.
   """
   name: str
   backward: Callable[..., base.Credit]
@@ -65,6 +71,8 @@ class Rule(engine.Base):
   signs: bool = False
   noise: str | None = None
   loop: bool = False
+  apart: Callable[..., list[Callable[[Any], base.Array]]] | None = None
+  recompute: bool = False
   _no_bind = 'perturbs the forward pass'
 
   def check(self, survey: Any) -> None:
@@ -157,6 +165,8 @@ class Rule(engine.Base):
       output, *aux = plan.run(perturbed, noise, net)
       return judge.measure(output), (output, *aux)
 
+    if self.recompute:
+      return self._twice(plan, net, direction_key, judge)
     if self.epsilon:
       measured, aux = forward(plan.noise, plan.perturbed)
       still = judge.held(net, measured)
@@ -199,12 +209,48 @@ class Rule(engine.Base):
     return (jnp.mean(losses), base.Aux(output, state), grads, losses.size,
             teaching)
 
+  def _twice(self, plan, net, key, judge):
+    """`differentiate` in two forward passes, of which nothing is kept."""
+    *_, state, active = (output, *_) = plan.run(plan.perturbed, plan.noise, net)
+    measured = judge.measure(output)
+    losses, error = judge.settle(measured)
+    names = paths.leaf_names(plan.noise)
+
+    def sample(key):
+      draws, v = plan.apart(key, active)
+      change = judge.locate(plan.pushed(draws, v, net, judge.measure))
+      draws, v = plan.apart(_after(change, key), active)
+      teach = lambda name, wait: judge.taught(
+          plan, draws[name](wait), plan.reached_by[name], change)
+
+      def second(params):
+        output, outputs = plan.pulled(params, change, teach)
+        return outputs, judge.measure(output) if self.exact_readout else None
+
+      outputs, pull = jax.vjp(second, {
+          k: p for k, p in plan.params.items() if k not in plan.perturbed})
+      # What has learned on the way asks for no cotangent.
+      seeds = paths.map_with_name(
+          lambda name, out: teach(name, change) if name in plan.looped
+          else jnp.zeros_like(out), outputs[0])
+      pulled, = pull((seeds, error if self.exact_readout else None))
+      own = {k: judge.taught(plan, leaf, reached, change) for (k, leaf), reached
+             in zip(v.items(), plan.reached[len(names):])}
+      return plan.tree({**pulled, **own})
+
+    if self.samples == 1:
+      grads = sample(key)
+    else:
+      grads = self._in_turn(sample, plan, key)
+    return (jnp.mean(losses), base.Aux(output, state), grads, losses.size, {})
+
   def _in_turn(self, sample, plan, key):
     """The mean of the samples, of which one is held at a time."""
     if self.orthogonal:  # They have to be known together.
       items, draw = plan.draw(key), lambda directions: directions
     else:
-      items, draw = jax.random.split(key, self.samples), plan.draw_one
+      items = jax.random.split(key, self.samples)
+      draw = (lambda key: key) if self.recompute else plan.draw_one
     at = lambda i: sample(draw(jax.tree.map(lambda a: a[i], items)))
     total = jax.lax.fori_loop(
         1, self.samples, lambda i, total: jax.tree.map(jnp.add, total, at(i)),
@@ -295,6 +341,8 @@ class Plan:
       with an axis for the turns in front.
     perturbed: the parameters that are perturbed themselves, by path.
     reached: for each leaf of the two: loss -> its axes, in digits of the leaf.
+    reached_by: the same of the noise, by its place.
+    looped: the places inside of loops, remats and conditionals.
   """
 
   def __init__(self, rule, net, variables, x, key, judge):
@@ -309,7 +357,7 @@ class Plan:
     found = _found(net, traced, judge, bool(rule.epsilon))
     self._entries = traced.entries
     self._exact = exact_calls(traced) if rule.exact_readout else set()
-    taught, noise, reached = set(), {}, {}
+    taught, noise, reached, self.looped = set(), {}, {}, set()
     for step, around in traced.plan.walk():
       if step.how not in ('unit', 'contact'):
         continue
@@ -320,6 +368,8 @@ class Plan:
       taught.update(leaf for v in step.params.values() for leaf in v.leaves)
       name = f'{step.name}/call_{step.index}'.removeprefix('/')
       noise[name] = credit.zeros_like_output(step.stacked(around))
+      if around:
+        self.looped.add(name)
       reached[f'0/{name}'] = found.places[call]
     if rule.perturb == 'weight':
       noise = {}
@@ -334,6 +384,7 @@ class Plan:
         (self.noise, self.perturbed))]
     self.reached = [
         {k: axes for k, axes in r.items() if isinstance(k, str)} for r in ours]
+    self.reached_by = dict(zip(paths.leaf_names(self.noise), self.reached))
     # Names of functions that only have a derivative in reverse.
     self._custom = {k[1] for r in ours for k in r if not isinstance(k, str)}
     self._check()
@@ -357,20 +408,45 @@ class Plan:
 
   def linearize(self, forward):
     """`jax.linearize` of a function of what is perturbed; its aux is last."""
+    return jax.linearize(
+        self._without_messages(forward), self.noise, self.perturbed,
+        has_aux=True)
 
-    def without_messages(*moved):  # Those of a gain that it leaves out.
+  def _without_messages(self, forward):
+    """`forward` without the messages of a gain that it leaves out."""
+
+    def function(*moved):
       measured, _, aux = jax.vjp(forward, *moved, has_aux=True)
       return measured, aux
 
-    return jax.linearize(
-        without_messages if self._custom else forward, self.noise,
-        self.perturbed, has_aux=True)
+    return function if self._custom else forward
 
-  def run(self, perturbed, noise, net):
-    """The model's output, its state, and what is active."""
+  def pushed(self, draws, v, net, measure):
+    """The derivative of `measure(output)` along what is drawn at each place."""
+    inside = {n: draw(None) for n, draw in draws.items() if n in self.looped}
+
+    def forward(step, noise, perturbed):
+      output, *_ = self.run(perturbed, paths.nest(noise), net, step, draws)
+      return measure(output), ()
+
+    function = self._without_messages(forward)
+    return jax.jvp(
+        lambda *moved: function(*moved)[0],
+        (jnp.zeros(()), jax.tree.map(jnp.zeros_like, inside), self.perturbed),
+        (jnp.ones(()), inside, v))[1]
+
+  def run(self, perturbed, noise, net, step=None, draws=()):
+    """The model's output, its state, and what is active.
+
+    With `draws`, the noise of a place is drawn when it is reached, and has the
+    derivative with respect to `step` that noise of this size has.
+    """
 
     def visit(call):
       out, zero = call.original(), call.read(base.NOISE, 'call')
+      name = _place(call)
+      if zero is None and name in draws:
+        return _stepped(out, step, draws[name](out))
       return out if zero is None else _perturbed(out, zero)
 
     output, collections = self._ran(
@@ -379,18 +455,22 @@ class Plan:
     state = {c: collections[c] for c in self._state}
     return output, state, collections[base.ACTIVE]
 
-  def pulled(self, params):
+  def pulled(self, params, after=None, teach=None):
     """The model's output, and each perturbed one, as functions of parameters.
 
     Behind each perturbed output there is a barrier: derivatives are those of
-    each place on its own, and of the readout.
+    each place on its own, and of the readout. With `teach`, a second pass that
+    begins when `after` is there, and in which each place that lies in no loop
+    has learned before the next one is reached.
     """
     noise = dict(zip(
         paths.leaf_names(self.noise), jax.tree.leaves(self.noise)))
 
     def visit(call):
-      out = call.original()
-      if f'{call.name}/call_{call.index}'.removeprefix('/') in noise:
+      out, name = call.original(), _place(call)
+      if name in noise:
+        if teach is not None and name not in self.looped:
+          out = _learned(call, functools.partial(teach, name))
         call.write(base.NOISE, out, 'call')
         return jax.lax.stop_gradient(out)
       if (call.name, call.index) in self._exact and self._rule.mask:
@@ -398,14 +478,17 @@ class Plan:
         return still + self._mask(call.name, out - still)
       return out
 
+    x = self._x if after is None else _after(after, self._x)
     output, collections = self._ran(
-        self._net, {**self.params, **params}, visit, [base.NOISE])
+        self._net, {**self.params, **params}, visit, [base.NOISE], x=x)
     return output, collections[base.NOISE]
 
-  def _ran(self, net, params, visit, mutable, noise=None):
+  def _ran(self, net, params, visit, mutable, noise=None, x=None):
     params = jax.tree.unflatten(self._tree, [params[k] for k in self.params])
     variables = {'params': params, **self._state, base.NOISE: noise or {}}
-    return net.run(variables, self._x, visit, self._key, mutable, owners=True)
+    return net.run(
+        variables, self._x if x is None else x, visit, self._key, mutable,
+        owners=True)
 
   def tree(self, updates):
     """Updates by path, nested as the parameters; of whole numbers, zeros."""
@@ -413,21 +496,26 @@ class Plan:
         jnp.zeros_like(p) if updates[k].dtype == jax.dtypes.float0
         else updates[k] for k, p in self.params.items()])
 
-  def where_active(self, u, active):
-    """The noise `u` with 0 where a rectifier is known to send none of it on."""
+  def masks(self, active):
+    """Place -> where a rectifier that follows is active, as far as is known."""
     active = dict(zip(paths.leaf_names(active), jax.tree.leaves(active)))
     count = lambda names: collections.Counter(
         name.rpartition('/')[0] for name in names)
-    calls, known = count(paths.leaf_names(u)), count(active)
+    names = dict(zip(
+        paths.leaf_names(self.noise), jax.tree.leaves(self.noise)))
+    calls, known = count(names), count(active)
+    owner = lambda name: name.rpartition('/')[0]
+    return {
+        name: active[name] for name, leaf in names.items()
+        if name in active and known[owner(name)] == calls[owner(name)]
+        and active[name].shape == leaf.shape}
 
-    def apply(name, leaf):
-      owner = name.rpartition('/')[0]
-      if name not in active or known[owner] != calls[owner]:
-        return leaf
-      on = active[name]
-      return jnp.where(on, leaf, 0) if on.shape == leaf.shape else leaf
-
-    return paths.map_with_name(apply, u) if active else u
+  def where_active(self, u, active):
+    """The noise `u` with 0 where a rectifier is known to send none of it on."""
+    masks = self.masks(active)
+    return paths.map_with_name(
+        lambda name, leaf: jnp.where(masks[name], leaf, 0)
+        if name in masks else leaf, u) if masks else u
 
   def draw(self, key):
     """Tangents for the noise and the perturbed parameters.
@@ -444,6 +532,29 @@ class Plan:
   def draw_one(self, key):
     """The same for one of several samples, of which no other is read."""
     return self.masked(self._drawn(key))
+
+  def apart(self, key, active):
+    """Place -> what draws its noise, when called; and perturbed parameters'.
+
+    Together the tangents of `draw_one`, where rectifiers are active.
+    """
+    tree = (self.noise, self.perturbed)
+    draws = self._rule.apart(key, jax.tree.leaves(tree))
+    masks = self.masks(active)
+
+    def draw(name, draw, reached, wait):
+      u = draw(wait)
+      if self._rule.noise == 'shared':
+        u = _as_the_first(u, _examples(reached))
+      if self._rule.mask is not None:
+        u = self._mask(name.rpartition('/')[0], u)
+      return jnp.where(masks[name], u, 0) if name in masks else u
+
+    names = paths.leaf_names(self.noise)
+    u = {name: functools.partial(draw, name, one, self.reached_by[name])
+         for name, one in zip(names, draws)}
+    v = {k: one(None) for k, one in zip(self.perturbed, draws[len(names):])}
+    return u, self.masked(({}, v))[1]
 
   def _drawn(self, key):
     leaves, structure = jax.tree.flatten((self.noise, self.perturbed))
@@ -579,6 +690,60 @@ def _orthogonal(leaves, last):
   return result, r
 
 
+def _place(call):
+  """What the noise of a call is named."""
+  return f'{call.name}/call_{call.index}'.removeprefix('/')
+
+
+def _after(first, tree):
+  """`tree`, no earlier than `first` is there (None: at once).
+
+  What is made of it is not merged with what was made before. A barrier of XLA's
+  would not do: on a CPU it is gone before the order is chosen.
+  """
+  total = sum(jnp.sum(leaf) for leaf in jax.tree.leaves(first)
+              if leaf.dtype != jax.dtypes.float0)
+  never = jnp.isnan(total) & jnp.isinf(total)  # XLA does not see through it.
+
+  def wait(leaf):
+    if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+      return jnp.where(never, jnp.zeros_like(leaf), leaf)
+    return jax.random.wrap_key_data(
+        wait(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
+
+  return tree if first is None else jax.tree.map(wait, tree)
+
+
+def _learned(call, teach):
+  """A call's output, whose derivative by its parameters is its update already.
+
+  `teach(out)` is what it learns from. Nothing that follows begins before.
+  """
+  apply = lambda params, inputs: call.unit(params, inputs)[1]
+
+  def forward(params, inputs):
+    out, pull = jax.vjp(apply, params, inputs)
+    updates = pull(teach(out))
+    return _after(updates[0], out), updates
+
+  place = jax.custom_vjp(apply)
+  place.defvjp(forward, lambda updates, _: updates)
+  return place(call.params, call.inputs)
+
+
+@jax.custom_jvp
+def _stepped(x, step, u):
+  """`x`, which a `step` would change by `step * u`."""
+  del step, u
+  return x
+
+
+@_stepped.defjvp
+def _stepped_jvp(primals, tangents):
+  x, step, u = primals
+  return x, tangents[0] + tangents[1].astype(x.dtype) * u
+
+
 @jax.custom_jvp
 def _perturbed(x: base.Array, zero: base.Array) -> base.Array:
   """`x + zero`; a tangent of `zero` is read no earlier than `x` is there."""
@@ -603,10 +768,18 @@ def gaussian(key: base.Key, arrays: list[base.Array]) -> list[base.Array]:
     >>> u.shape
     (2, 3)
   """
+  return [draw(None) for draw in gaussian_apart(key, arrays)]
+
+
+def gaussian_apart(key, arrays):
+  """What draws each of them, when it is called with what it is to wait for."""
   keys = jax.random.split(key, max(len(arrays), 1))
-  return [
-      jax.random.normal(k, x.shape, x.dtype, out_sharding=sharding(x))
-      for k, x in zip(keys, arrays)]
+
+  def draw(key, x, wait):
+    return jax.random.normal(
+        _after(wait, key), x.shape, x.dtype, out_sharding=sharding(x))
+
+  return [functools.partial(draw, k, x) for k, x in zip(keys, arrays)]
 
 
 def rademacher(key: base.Key, arrays: list[base.Array]) -> list[base.Array]:
@@ -620,18 +793,25 @@ def rademacher(key: base.Key, arrays: list[base.Array]) -> list[base.Array]:
     >>> jnp.abs(u).tolist()
     [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
   """
+  return [draw(None) for draw in rademacher_apart(key, arrays)]
+
+
+def rademacher_apart(key, arrays):
+  """As `gaussian_apart`; the bits are drawn together."""
   sizes = [-(-x.size // _WORD) for x in arrays]
   words = random_bits.words(key, sum(sizes))
   # One bit of all words, then the next: signs lie in memory as the words do.
   place = jax.lax.broadcasted_iota(jnp.uint32, (_WORD, 1), 0)
-  signs, first = [], 0
-  for x, size in zip(arrays, sizes):
-    bits = (words[first:first + size] >> place) & 1
-    first += size
+
+  def draw(first, size, x, wait):
+    bits = (_after(wait, words[first:first + size]) >> place) & 1
     sign = (2 * bits.reshape(-1)[:x.size].astype(x.dtype) - 1).reshape(x.shape)
     explicit = sharding(x)
-    signs.append(jax.sharding.reshard(sign, explicit) if explicit else sign)
-  return signs
+    return jax.sharding.reshard(sign, explicit) if explicit else sign
+
+  firsts = itertools.accumulate(sizes, initial=0)
+  return [functools.partial(draw, *which)
+          for which in zip(firsts, sizes, arrays)]
 
 
 def sharding(x: base.Array) -> Any:

@@ -171,12 +171,17 @@ class Judge:
       Two trees like `u` and `v`.
     """
     leaves, structure = jax.tree.flatten((u, v))
-    taught = []
-    for leaf, reached in zip(leaves, plan.reached):
-      first, *rest = [_times(plan, leaf, change[name], axes)
-                      for name, axes in reached.items()]
-      taught.append(sum(rest, first))
-    return jax.tree.unflatten(structure, taught)
+    return jax.tree.unflatten(structure, [
+        self.taught(plan, leaf, reached, change)
+        for leaf, reached in zip(leaves, plan.reached)])
+
+  def taught(
+      self, plan: Any, leaf: base.Array, reached: Any, change: Any
+  ) -> base.Array:
+    """One perturbation times the change of the losses that it can reach."""
+    first, *rest = [_times(plan, leaf, change[name], axes)
+                    for name, axes in reached.items()]
+    return sum(rest, first)
 
 
 def _rows(losses):

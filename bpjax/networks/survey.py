@@ -180,10 +180,15 @@ def _info(name, unit, step, entry, traced, variables, calls, flow,
   out = shape(step.out)
   pre = shape(step.pre or step.out)
   given, made = examples.get((name, step.index), ((None,) * len(inputs), None))
+  as_kept = True
   if entry is not None:
     by_example = _by_example(step, given[0])
+    as_kept = _as_kept(step, traced.plan) and not any(
+        other is not entry and set(other.principal) & set(entry.principal)
+        for other in traced.entries.values())
   return base.UnitInfo(
       given_examples=given, examples=made, by_example=by_example,
+      weights_as_kept=as_kept,
       name=name, kind=kind, operation=operation, inputs=inputs, pre=pre, out=out,
       params=params,
       net_output=traced.error, is_output=name in flow.readouts,
@@ -323,6 +328,29 @@ def _unit_params(entry, step, params):
       name = unit_lib.bias_name(name)
     shapes[name] = jax.ShapeDtypeStruct(size, value.dtype)
   return paths.nest(shapes)
+
+
+def _as_kept(step, plan):
+  """Whether a unit's weights are a parameter itself, but for its dtype."""
+  around, = (a for s, a in plan.walk() if s is step)
+  plans = [plan]
+  for outer in around:
+    plans.append(next(
+        p for p in outer.inner if (step.name, step.index) in p.calls))
+  variable = step.weights
+  for own, outer in zip(reversed(plans), (*reversed(around), None)):
+    makers = {v: eqn for eqn in own.jaxpr.eqns for v in eqn.outvars}
+    while variable in makers:
+      eqn = makers[variable]
+      if eqn.primitive.name not in ('convert_element_type', 'copy'):
+        return False
+      variable, = eqn.invars
+    if variable not in own.jaxpr.invars:
+      return False
+    if outer is not None:
+      place = list(own.jaxpr.invars).index(variable)
+      variable = outer.eqn.invars[place + (outer.how == 'cond')]
+  return True
 
 
 def _by_example(step, place):

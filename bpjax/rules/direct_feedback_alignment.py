@@ -12,13 +12,15 @@ from bpjax import base
 from bpjax import feedback as feedback_lib
 from bpjax import projection
 from bpjax.engines import credit
+from bpjax.engines import unstored
 import jax
 import jax.numpy as jnp
 
 
 def direct_feedback_alignment(
     shared: bool = False, scale: float = 1., normalise: bool = True,
-    placement: str = 'layers', connections: int = 0) -> credit.Rule:
+    placement: str = 'layers', connections: int = 0, stored: bool = True
+) -> credit.Rule:
   r"""Direct feedback alignment: each layer is taught a projection of the error.
 
   .. math::
@@ -64,6 +66,8 @@ def direct_feedback_alignment(
       Crafton, Parihar, Gebhardt and Raychowdhury, 2019
       (https://arxiv.org/abs/1903.02083). The standard deviation is
       `1/sqrt(connections)` then, or :math:`1/\sqrt{l\,connections}`.
+    stored: False keeps only keys, from which the same B are drawn again where
+      they are used: no memory for them, and the time to draw them at each step.
 
   Returns:
     A rule; `feedback[unit]` is an array, or with `shared` there is one array
@@ -85,6 +89,10 @@ def direct_feedback_alignment(
   if placement not in ('layers', 'boundaries'):
     raise ValueError(
         f"`placement` must be 'layers' or 'boundaries', got {placement!r}.")
+  if shared and not stored:
+    raise ValueError(
+        '`stored` must be True with `shared=True`, which keeps one matrix for '
+        'all layers; draw one for each layer, `shared=False`.')
   if connections != int(connections) or connections < 0:
     raise ValueError(
         '`connections` must be a whole number, or 0 for all entries, got '
@@ -183,8 +191,9 @@ def direct_feedback_alignment(
         for n, t in targets.items())
     return targets if chain else {}
 
-  return credit.Rule(
+  rule = credit.Rule(
       name='direct_feedback_alignment', backward=backward,
       init_unit=init_unit, init_shared=init_shared if shared else None,
       port=lambda info: 'output' if projects(info) else None,
       check_units=check_units, linear=True, weight_target=weight_target)
+  return rule if stored else unstored.unstored(rule)

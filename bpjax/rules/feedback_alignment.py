@@ -8,9 +8,11 @@ learning, Lillicrap, Cownden, Tweed and Akerman, Nature Communications 2016
 from bpjax import base
 from bpjax import feedback as feedback_lib
 from bpjax.engines import credit
+from bpjax.engines import unstored
 
 
-def feedback_alignment(scale: float = 1.) -> credit.Rule:
+def feedback_alignment(
+    scale: float = 1., stored: bool = True) -> credit.Rule:
   r"""Feedback alignment: as backprop, with fixed random B in place of W.
 
   .. math::
@@ -32,13 +34,16 @@ def feedback_alignment(scale: float = 1.) -> credit.Rule:
 
   Args:
     scale: factor on the standard deviation of B.
+    stored: False keeps only keys, from which the same B are drawn again where
+      they are used: no memory for them, and the time to draw them at each step.
 
   Returns:
     A rule; `feedback` is `{'kernel': B}` at each unit with something trainable
     below it. Fixed: keep it from the optimiser with `rule.trainable`.
 
   Raises:
-    ValueError: if `scale` is not positive.
+    ValueError: if `scale` is not positive; for weights that are transposed,
+      normalised or tied under `stored=False`.
 
   Example:
     >>> import bpjax
@@ -62,6 +67,7 @@ def feedback_alignment(scale: float = 1.) -> credit.Rule:
     del units, params
     return feedback
 
-  return credit.Rule(
+  rule = credit.Rule(
       name='feedback_alignment', init_unit=init_unit, backward=backward,
       linear=True, weight_target=weight_target)
+  return rule if stored else unstored.unstored(rule)

@@ -16,7 +16,8 @@ _NOISE = {'shared': 'weight', 'independent': 'activity'}
 def forward_gradient(
     perturb: str = 'activity', directions: str = 'gaussian', samples: int = 1,
     exact_readout: bool = True, epsilon: float = 0., antithetic: bool = False,
-    noise: str | None = None, loop: bool = False) -> perturbation.Rule:
+    noise: str | None = None, loop: bool = False, recompute: bool = False
+) -> perturbation.Rule:
   r"""Forward gradient: perturb, see how the loss changes, step along it.
 
   Activity: each example n gets a random direction :math:`u_{n,l}` at the output
@@ -78,6 +79,11 @@ def forward_gradient(
       of the batch has a part in but its own, and one for the whole model.
     loop: takes the samples one after the other, in the memory of one, and not
       as one batched computation; the updates are the same.
+    recompute: takes the model's forward pass a second time, in which every
+      layer learns as soon as it is reached, in place of keeping what the first
+      pass has made; directions are drawn twice. Memory does not grow with depth
+      then (inside of `nn.scan` and `nn.remat` it does), and the updates are the
+      same. Samples are taken one after the other.
 
   Returns:
     A rule without feedback; `learn` needs a `key`.
@@ -109,6 +115,11 @@ def forward_gradient(
   if noise not in (None, *_NOISE):
     raise ValueError(
         f"`noise` must be None, 'shared' or 'independent', got {noise!r}.")
+  if recompute and (epsilon or directions == 'orthogonal'):
+    raise ValueError(
+        "`recompute` must be False with `epsilon` or directions='orthogonal', "
+        'which a second forward pass cannot draw or take layer by layer; use '
+        "directions='gaussian', with exact derivatives.")
   draw = dict(
       gaussian=perturbation.gaussian, orthogonal=perturbation.gaussian,
       rademacher=perturbation.rademacher)
@@ -127,4 +138,7 @@ def forward_gradient(
       perturb=perturb, samples=int(samples), exact_readout=exact_readout,
       orthogonal=directions == 'orthogonal', epsilon=float(epsilon),
       antithetic=antithetic, signs=directions == 'rademacher',
-      noise=None if _NOISE.get(noise) == perturb else noise, loop=bool(loop))
+      noise=None if _NOISE.get(noise) == perturb else noise, loop=bool(loop),
+      recompute=bool(recompute), apart=dict(
+          gaussian=perturbation.gaussian_apart,
+          rademacher=perturbation.rademacher_apart).get(directions))

@@ -57,7 +57,7 @@ def setup(model, **arguments):
 
 def squares(unit, state):
   """The energy of predictive coding (Whittington and Bogacz, 2017)."""
-  return jnp.sum(.5 * (state - unit.activation(unit.pre))**2), state
+  return .5 * (state - unit.activation(unit.pre))**2, state
 
 
 class EnergyTest(float64.Float64TestCase):

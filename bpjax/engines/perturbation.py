@@ -22,6 +22,7 @@ from bpjax.engines import credit
 from bpjax.engines import random_bits
 from bpjax.engines import reduction as reduction_lib
 from bpjax.local import located
+from bpjax.networks import examples
 from bpjax.networks import network
 from bpjax.networks import reach as reach_lib
 from bpjax.networks import trace as trace_lib
@@ -357,7 +358,8 @@ class Plan:
     found = _found(net, traced, judge, bool(rule.epsilon))
     self._entries = traced.entries
     self._exact = exact_calls(traced) if rule.exact_readout else set()
-    taught, noise, reached, self.looped = set(), {}, {}, set()
+    taught, noise, reached, around_of = set(), {}, {}, {}
+    self.looped = set()
     for step, around in traced.plan.walk():
       if step.how not in ('unit', 'contact'):
         continue
@@ -370,11 +372,13 @@ class Plan:
       noise[name] = credit.zeros_like_output(step.stacked(around))
       if around:
         self.looped.add(name)
+      around_of[name] = noise[name].ndim - step.out.aval.ndim
       reached[f'0/{name}'] = found.places[call]
     if rule.perturb == 'weight':
       noise = {}
     else:  # Parameters that no perturbed output can teach.
       taught = set()
+    self._real, self._around = net.real(x), around_of
     self.noise = paths.nest(noise)
     self.perturbed = {
         k: p for k, p in self.params.items()
@@ -544,6 +548,8 @@ class Plan:
 
     def draw(name, draw, reached, wait):
       u = draw(wait)
+      if self._real is not None:
+        u = self._only_real(name, u)
       if self._rule.noise == 'shared':
         u = _as_the_first(u, _examples(reached))
       if self._rule.mask is not None:
@@ -556,9 +562,18 @@ class Plan:
     v = {k: one(None) for k, one in zip(self.perturbed, draws[len(names):])}
     return u, self.masked(({}, v))[1]
 
+  def _only_real(self, name, u):
+    """The noise of a place without that of hidden positions."""
+    hide = lambda u: examples.only_real(u, self._real)
+    for _ in range(self._around[name]):
+      hide = jax.vmap(hide)
+    return hide(u)
+
   def _drawn(self, key):
     leaves, structure = jax.tree.flatten((self.noise, self.perturbed))
     u, v = jax.tree.unflatten(structure, self._rule.directions(key, leaves))
+    if self._real is not None:
+      u = paths.map_with_name(self._only_real, u)
     if self._rule.noise == 'shared':
       u = jax.tree.unflatten(jax.tree.structure(u), [
           _as_the_first(leaf, _examples(reached))

@@ -18,6 +18,7 @@ from bpjax.engines import base as engine
 from bpjax.engines import checks
 from bpjax.engines import credit
 from bpjax.engines import reduction as reduction_lib
+from bpjax.networks import examples
 from bpjax.networks import network
 from bpjax.networks import unit as unit_lib
 import jax
@@ -25,8 +26,8 @@ import jax.numpy as jnp
 
 _STATE, _ENERGY, _DRIVE = 'call', 'energy', 'drive'
 
-# (unit, its state) -> the unit's energy, all examples together, and what its
-# state passes on. `unit.pre` is what its affine operation makes of the states
+# (unit, its state) -> the unit's energy, entry by entry, and what its state
+# passes on. `unit.pre` is what its affine operation makes of the states
 # below, `unit.activation` what follows that operation.
 Energy = Callable[
     [base.BoundUnit, base.Array], tuple[base.Array, base.Array]]
@@ -198,7 +199,7 @@ class _System:
 
   def __init__(self, rule, net, variables, x, key, train=True):
     self._rule, self._net, self._x, self._key = rule, net, x, key
-    self._train = train
+    self._train, self._mask = train, net.real(x)
     self._params = variables['params']
     self._survey = net.survey(variables, x)
     self._infos = self._survey.units.infos
@@ -229,8 +230,9 @@ class _System:
       if drive is None:
         drive = call.unit.affine(call.params, call.inputs)
       state = call.read(base.PARTICLES, _STATE)
-      energy, out = self._rule.energy(self._bound(call, drive), state)
-      call.write(base.PARTICLES, energy, _ENERGY)
+      terms, out = self._rule.energy(self._bound(call, drive), state)
+      call.write(base.PARTICLES, jnp.sum(
+          examples.only_real(terms, self._mask, info.examples)), _ENERGY)
       return out
 
     output, collections = self._run(params, states, visit)

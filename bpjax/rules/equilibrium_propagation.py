@@ -96,7 +96,7 @@ def equilibrium_propagation(
 def _energy(
     unit: base.BoundUnit, state: base.Array) -> tuple[base.Array, base.Array]:
   rate = unit.activation(state)  # A state within [0, 1] is its own rate.
-  return jnp.sum(.5 * state**2) - jnp.sum(unit.pre * rate), rate
+  return .5 * state**2 - unit.pre * rate, rate
 
 
 def _rest(unit: base.BoundUnit) -> base.Array:

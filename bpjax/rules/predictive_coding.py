@@ -62,5 +62,5 @@ def _energy(
     unit: base.BoundUnit, state: base.Array) -> tuple[base.Array, base.Array]:
   prediction = unit.activation(unit.pre)
   if unit.info.is_output:  # The loss is its energy; it has no state.
-    return jnp.zeros((), state.dtype), prediction
-  return jnp.sum(.5 * (state - prediction)**2), state
+    return jnp.zeros_like(state), prediction
+  return .5 * (state - prediction)**2, state

@@ -338,12 +338,15 @@ def test_a_missing_directory_is_named(tmp_path, no_tfds):
   assert f'{tmp_path / "nowhere"}, which does not exist' in message
 
 
-def test_a_text_set_is_refused(tmp_path, no_tfds):
+def test_a_set_of_neither_images_nor_texts_is_refused(tmp_path, no_tfds):
   folder = _write_cifar100(tmp_path, name='glue/sst2')
   features = json.loads((folder / 'features.json').read_text())
   del features['featuresDict']['features']['image']
   (folder / 'features.json').write_text(json.dumps(features))
-  assert 'must be an image classification set' in _message(
+  assert 'it has id' in _message('glue/sst2', tmp_path)
+  del features['featuresDict']['features']['id']
+  (folder / 'features.json').write_text(json.dumps(features))
+  assert 'must hold images with one ClassLabel, or texts' in _message(
       'glue/sst2', tmp_path)
   assert 'glue/sst2' in _message('glue', tmp_path)
 

@@ -20,7 +20,6 @@ import numpy as np
 LISTOPS = ('[PAD]', '[CLS]', *'0123456789', '[MAX', '[MIN', '[MED', '[SM', ']')
 _DIGIT, _OPERATOR, _CLOSE = 2, 12, 16
 _ROUND = 2**14  # Expressions that are drawn at once.
-_MOST_ROUNDS = 500
 
 
 class Generated(NamedTuple):
@@ -98,7 +97,8 @@ def listops(
   rng = _generator(1)
   wanted = sum(sizes.values()) // 10
   found = [np.zeros((0, length), np.uint8)] * 10
-  for _ in range(_MOST_ROUNDS):
+  while min(map(len, found)) < wanted:
+    before = sum(map(len, found))
     rows, values = _expressions(rng, length, depth, arguments)
     for digit in range(10):
       if len(found[digit]) < wanted:
@@ -106,13 +106,11 @@ def listops(
         # The first of equals stays, so that the order is that of the draws.
         _, first = np.unique(both, axis=0, return_index=True)
         found[digit] = both[np.sort(first)][:wanted]
-    if all(len(f) == wanted for f in found):
-      break
-  else:
-    raise ValueError(
-        f'`dataset_args` ask for {wanted} different expressions of every value, '
-        f'and {min(map(len, found))} were found for one; make them fewer, or '
-        '`length`, `depth` or `arguments` larger.')
+    if sum(map(len, found)) == before:  # Nothing new in so many.
+      raise ValueError(
+          f'`dataset_args` ask for {wanted} different expressions of every '
+          f'value, and {min(map(len, found))} were found for one; make them '
+          'fewer, or `length`, `depth` or `arguments` larger.')
   tokens = np.concatenate(found).astype(np.int32)
   labels = np.repeat(np.arange(10, dtype=np.int32), wanted)
   # Of every value the first go to train, and so on; then all are mixed.
@@ -228,23 +226,23 @@ def associative_recall(
   length = length or least
   _check('length', length, least)
   rng = _generator(2)
-  count, found = sum(sizes.values()), []
-  for _ in range(_MOST_ROUNDS):
+  count = sum(sizes.values())
+  found = np.zeros((0, 2 * pairs + queries), np.int64)
+  while len(found) < count:
+    before = len(found)
     # The order of random numbers is a random order, row by row.
     chosen = rng.random((count, keys)).argsort(1)[:, :pairs]
     given = rng.integers(0, values, (count, pairs))
     asked = rng.random((count, pairs)).argsort(1)[:, :queries]
-    found.append(np.concatenate([chosen, given, asked], axis=1))
-    both = np.concatenate(found)
+    both = np.concatenate([
+        found, np.concatenate([chosen, given, asked], axis=1)])
     _, first = np.unique(both, axis=0, return_index=True)
-    found = [both[np.sort(first)][:count]]
-    if len(found[0]) == count:
-      break
-  else:
-    raise ValueError(
-        f'`dataset_args` ask for {count} different examples, and '
-        f'{len(found[0])} were found; make them fewer, or `pairs` more.')
-  chosen, given, asked = np.split(found[0], [pairs, 2 * pairs], axis=1)
+    found = both[np.sort(first)][:count]
+    if len(found) == before:  # Nothing new in so many.
+      raise ValueError(
+          f'`dataset_args` ask for {count} different examples, and {before} were '
+          'found; make them fewer, or `pairs` more.')
+  chosen, given, asked = np.split(found, [pairs, 2 * pairs], axis=1)
   tokens = np.zeros((count, length), np.int32)
   tokens[:, 0] = 1
   tokens[:, 1:2 * pairs + 1:2] = 3 + chosen

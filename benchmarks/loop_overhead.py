@@ -44,9 +44,8 @@ _RULE = flags.DEFINE_string('rule', 'backprop', 'The rule.')
 
 def bare_step(run):
   """(compiled step, first carry) on one batch, without the launcher."""
-  images, labels = run.feed.fixed_batch
-  learner = run.learner
-  x = jnp.asarray((images / 255. - learner.mean) / learner.std, jnp.float32)
+  batch, learner = run.feed.fixed_batch, run.learner
+  x, labels = learner.task.inputs(batch), batch.labels
   state = run.programs['init']()
   tx = optax.adam(run.config.learning_rate)
   learn = learner.rule.value_and_grad(

@@ -2,8 +2,8 @@
 
 A config file is a Python file with `get_config()` that starts from `default()`
 and changes what it needs. On the command line, `--config.FIELD=VALUE` overrides
-a field; `rule_args`, `model_args`, `augment_args` and `mesh` take new keys as
-well.
+a field; `rule_args`, `model_args`, `dataset_args`, `augment_args` and `mesh` take
+new keys as well.
 """
 
 from __future__ import annotations
@@ -20,19 +20,24 @@ from typing import Any
 
 from absl import flags
 from bpjax import paths
+from experiments import generated
+from experiments import tokenizer
+from experiments.tasks import LOSSES
 import ml_collections
 from ml_collections import config_flags
 
-LOSSES = ('cross_entropy', 'sigmoid_cross_entropy', 'squared_error')
+DTYPES = ('float32', 'bfloat16')
 OPTIMIZERS = (
     'sgd', 'momentum', 'nesterov', 'adam', 'adamw', 'rmsprop', 'lars')
 PREPROCESSING = ('', 'gcn', 'gcn_zca')
-SCHEDULES = ('constant', 'cosine', 'linear', 'polynomial')
+SCHEDULES = (
+    'constant', 'cosine', 'linear', 'noam', 'plateau', 'polynomial')
 AUGMENTS = ('', 'crop_flip', 'contrastive')
 # Fields that take new keys.
-_FREE = ('rule_args', 'model_args', 'augment_args', 'mesh')
+_FREE = ('rule_args', 'model_args', 'dataset_args', 'augment_args', 'mesh')
 _CHOICES = {
     'augment': AUGMENTS,
+    'dtype': DTYPES,
     'loss': LOSSES,
     'reduction': ('mean', 'sum'),
     'optimizer': OPTIMIZERS,
@@ -41,16 +46,18 @@ _CHOICES = {
     'preprocessing': PREPROCESSING,
     'schedule': SCHEDULES,
     'alignment_split': ('train', 'validation', 'test'),
+    'tokenizer': ('', *tokenizer.KINDS),
 }
 _AT_LEAST = {
-    'alignment_every': 0, 'batch_size': 1, 'checkpoint_every': 0,
+    'accumulate': 1, 'alignment_every': 0, 'batch_size': 1, 'checkpoint_every': 0,
     'clip_norm': 0, 'contrastive_dim': 1, 'contrastive_temperature': 0,
     'epochs': 1, 'eval_batch_size': 1,
     'feedback_learning_rate': 0, 'final_learning_rate': 0, 'input_noise': 0,
-    'keep_checkpoints': 1, 'l2': 0, 'learning_rate': 0, 'log_every': 0,
-    'mirror_every': 1, 'mirror_first': 0, 'momentum': 0, 'schedule_power': 0,
+    'keep_checkpoints': 1, 'l2': 0, 'learning_rate': 0, 'length': 0, 'log_every': 0,
+    'mirror_every': 1, 'mirror_first': 0, 'momentum': 0, 'plateau_factor': 0,
+    'plateau_patience': 1, 'schedule_power': 0,
     'seed': 0, 'steps_per_call': 0, 'train_examples': 0, 'validation': 0,
-    'warmup_epochs': 0, 'weight_decay': 0, 'zca_epsilon': 0,
+    'vocabulary': 1, 'warmup_epochs': 0, 'warmup_steps': 0, 'weight_decay': 0, 'zca_epsilon': 0,
 }
 
 
@@ -79,10 +86,20 @@ def default() -> ml_collections.ConfigDict:
   # Globs for modules that are units as a whole, such as 'block_*/*': an affine
   # operation with its norm or nonlinearity; noise comes after all of it.
   config.units = ()
-  config.dataset = 'digits'  # 'digits', or the name of a TFDS data set.
+  # 'digits', the name of a TFDS set of images or texts, the path of a text file
+  # ('.txt'), or a name of experiments.generated.names().
+  config.dataset = 'digits'
+  config.dataset_args = {}  # Of a generated task, such as dataset_args.depth.
   config.data_dir = ''  # The TFDS directory; '': the variable TFDS_DATA_DIR.
   config.validation = 0  # Training examples set apart for validation.
   config.train_examples = 0  # Use only so many training examples; 0: all.
+  # Texts. The tokeniser, trained on the training texts: 'wordpiece', 'bpe' or
+  # 'characters'; '': 'wordpiece' of texts with labels, 'characters' of others,
+  # which are languages: each token is predicted from those before it.
+  config.tokenizer = ''
+  config.vocabulary = 8192  # Largest number of its tokens.
+  config.length = 0  # Tokens of a row; 0: 64 with labels, 128 of a language.
+  config.text_features = ()  # One or two texts of an example; (): the set's.
   # Subtracted from pixels in [0, 1], and what they are divided by then: a number
   # a channel, or one for all; empty: measured on the training images.
   config.pixel_mean = ()
@@ -112,6 +129,11 @@ def default() -> ml_collections.ConfigDict:
   config.epochs = 10
   config.batch_size = 128  # Over all devices; an epoch's remainder is dropped.
   config.loss = 'cross_entropy'  # Or another of LOSSES, on one-hot labels.
+  # Of the computation: float32 or bfloat16. Parameters, feedback and the
+  # optimiser's state are float32 in both.
+  config.dtype = 'float32'
+  # The optimiser takes a step at every n-th batch, with the mean of their updates.
+  config.accumulate = 1
   config.reduction = 'mean'  # 'sum': updates are not divided by the batch size.
   # Pairs (path pattern, 'mean' or 'sum') that come before `reduction`.
   config.reduction_by_path = ()
@@ -128,11 +150,18 @@ def default() -> ml_collections.ConfigDict:
   # as (('readout', 'momentum', .01),); the rate follows the same schedule.
   config.optimizer_by_path = ()
   # 'cosine', 'linear' or 'polynomial': falls to `final_learning_rate`, as
-  # half a cosine, or as the remaining share of steps to `schedule_power`.
+  # half a cosine, or as the remaining share of steps to `schedule_power`. 'noam':
+  # behind the warm-up, by one over the square root of the step (the constant of
+  # the original is that of which the rate at its end is `learning_rate`).
+  # 'plateau': to `plateau_factor` of itself after `plateau_patience` epochs in
+  # which the validation loss did not fall.
   config.schedule = 'constant'
   config.schedule_power = 1.
   config.final_learning_rate = 0.
   config.warmup_epochs = 0.  # The rate rises linearly from 0 over these.
+  config.warmup_steps = 0  # Or over these, of the optimiser's.
+  config.plateau_factor = .2
+  config.plateau_patience = 1
   config.momentum = .9  # Of momentum, nesterov and lars.
   config.weight_decay = 0.
   config.l2 = 0.
@@ -193,6 +222,27 @@ def check(config: ml_collections.ConfigDict) -> None:
     raise ValueError(
         f'`warmup_epochs` must be less than the {config.epochs} epochs, got '
         f'{config.warmup_epochs}.')
+  if config.warmup_steps and config.warmup_epochs:
+    raise ValueError(
+        '`warmup_steps` and `warmup_epochs` must not both be set, got '
+        f'{config.warmup_steps} and {config.warmup_epochs}; leave one at 0.')
+  if config.schedule == 'noam' and not (
+      config.warmup_steps or config.warmup_epochs):
+    raise ValueError(
+        "`schedule='noam'` needs `warmup_steps` or `warmup_epochs`, which are 0; "
+        'set one.')
+  if not 0 < config.plateau_factor < 1:
+    raise ValueError(
+        '`plateau_factor` must lie between 0 and 1, got '
+        f'{config.plateau_factor}.')
+  if config.accumulate > 1 and config.feedback_schedule == 'epochs':
+    raise ValueError(
+        "`accumulate` must be 1 with `feedback_schedule='epochs'`, got "
+        f'{config.accumulate}.')
+  if config.dataset_args and config.dataset not in generated.names():
+    raise ValueError(
+        f'`dataset_args` needs a generated `dataset`, got {config.dataset!r}; '
+        f'known: {", ".join(generated.names())}.')
   if config.feedback_schedule == 'epochs' and config.epochs % 2:
     raise ValueError(
         "`epochs` must be even with `feedback_schedule='epochs'`, half of them "
@@ -250,11 +300,13 @@ def check(config: ml_collections.ConfigDict) -> None:
           f'`{field}` must be finite numbers, positive ones for `pixel_std`, '
           f'got {config[field]!r}; leave it empty to measure it.')
   for field, example in (
-      ('frozen', 'Dense_0'), ('boundaries', 'block_*'), ('units', 'block_*/*')):
+      ('frozen', 'Dense_0'), ('boundaries', 'block_*'), ('units', 'block_*/*'),
+      ('text_features', 'sentence')):
     if isinstance(config[field], str) or not all(
         isinstance(pattern, str) for pattern in config[field]):
+      what = 'names' if field == 'text_features' else 'path patterns'
       raise ValueError(
-          f'`{field}` must be a list of path patterns, such as ({example!r},), '
+          f'`{field}` must be a list of {what}, such as ({example!r},), '
           f'got {config[field]!r}.')
 
 

@@ -1,32 +1,36 @@
-"""Real image sets as arrays or streams, with fixed splits and a fixed order.
+"""Data sets as arrays or streams, with fixed splits and a fixed order.
 
-`load` reads scikit-learn's `digits`, or any TFDS image classification set that
-is prepared on this machine, without TensorFlow. A set of up to 1 GiB is decoded
+`load` reads scikit-learn's `digits`, any TFDS set of images with classes or of
+texts that is prepared on this machine, without TensorFlow, a plain text file, or
+makes the examples of a generated task. A set of images of up to 1 GiB is decoded
 once to arrays and kept in one cache file, `<cache_dir>/<name>-<version>.npz`;
 that file is all that a machine without TFDS needs. A larger set, or one whose
-images vary in size, is streamed (`Stream`).
+images vary in size, is streamed (`Stream`). Of texts see `experiments.text`.
 """
 
+from collections.abc import Mapping, Sequence
 import os
 import pathlib
 from typing import Any, NamedTuple
 
 from experiments import decoded
+from experiments import generated
 from experiments import prepared
 from experiments import preprocessing as preprocessing_lib
+from experiments import splits
+from experiments import text
 from experiments.decoded import Split
+from experiments.rows import Asked
+from experiments.rows import Tokens
 from experiments.streaming import epoch_order
 from experiments.streaming import IMAGENET_MEAN
 from experiments.streaming import IMAGENET_STD
+from experiments.streaming import ImageStream
 from experiments.streaming import Stream
 import numpy as np
 
-Array = Any
-
 _MAX_DECODED_BYTES = 2**30
 _DIGITS_TEST = 360
-# Splits never depend on the run's seed: seeds are compared on the same data.
-_SPLIT_SEED = 0
 _CHUNK = 1024
 
 
@@ -36,7 +40,7 @@ class Dataset(NamedTuple):
   Attributes:
     name: as it was asked for.
     num_classes: labels lie in [0, num_classes).
-    image_shape: (height, width, channels) of what the model sees.
+    image_shape: (height, width, channels) of what the model sees; () of texts.
     train: the training examples, without those of `validation`.
     validation: examples held out of train; None where none were asked for.
     test: the test examples.
@@ -45,17 +49,21 @@ class Dataset(NamedTuple):
     std: float32 `[channels]`, likewise; 1 where a channel is constant, and
       where images are preprocessed.
     source: one line for the log: what was read, and from where.
+    asked: what is asked of texts; None of images, whose class it is.
+    tokenizer: the JSON text of the tokeniser of texts, or ''.
   """
 
   name: str
   num_classes: int
-  image_shape: tuple[int, int, int]
-  train: Split | Stream
-  validation: Split | Stream | None
-  test: Split | Stream
+  image_shape: tuple[int, ...]
+  train: Split | Tokens | Stream
+  validation: Split | Tokens | Stream | None
+  test: Split | Tokens | Stream
   mean: np.ndarray
   std: np.ndarray
   source: str
+  asked: Asked | None = None
+  tokenizer: str = ''
 
 
 class _Whole(NamedTuple):
@@ -79,15 +87,22 @@ def load(
     image_size: int = 224,
     preprocessing: str = '',
     zca_epsilon: float = .1,
+    tokenizer: str = '',
+    vocabulary: int = 8192,
+    length: int = 0,
+    text_features: Sequence[str] = (),
+    dataset_args: Mapping[str, Any] | None = None,
 ) -> Dataset:
   """Loads a data set by name.
 
   Args:
-    name: 'digits' (in scikit-learn's wheel), or the name of a TFDS image
-      classification set, 'name[/config][:version]'.
+    name: 'digits' (in scikit-learn's wheel); a name of `generated.names()`; the
+      path of a text file, which ends in '.txt'; or the name of a TFDS set of
+      images with classes or of texts, 'name[/config][:version]'.
     data_dir: TFDS data directory; default TFDS_DATA_DIR, else
       ~/tensorflow_datasets.
-    validation: number of examples to hold out of train.
+    validation: number of examples to hold out of train, 0: none, or of texts the
+      set's own validation split, if it has one besides test.
     seed: the run's seed, accepted so that a caller can hand over its config;
       no split depends on it.
     cache_dir: folder of the decoded arrays; default BPJAX_CACHE_DIR, else
@@ -100,16 +115,23 @@ def load(
       (ZCA whitening after it, by the images of `train` alone); see
       `experiments.preprocessing`. Whitened images are kept in a cache file.
     zca_epsilon: of the whitening.
+    tokenizer: of texts, see `text.load`; so are `vocabulary` and `length`.
+    vocabulary: largest number of tokens.
+    length: tokens of every row; 0: the default of the task.
+    text_features: which texts of an example to read, one or two; none: as the
+      set's features say.
+    dataset_args: arguments of a generated task, by name.
 
   Returns:
-    A Dataset of uint8 images and int32 labels; float16 images where they are
-    preprocessed.
+    A Dataset of uint8 images and int32 labels, or float16 images where they are
+    preprocessed; of rows of tokens where it is one of texts.
 
   Raises:
-    ValueError: the set is unknown, not prepared, not an image classification
-      set, damaged, has a label outside its classes, or is smaller than
-      `validation` and `train_examples` ask for; or it is streamed, or its
-      images are too large, and they are to be preprocessed.
+    ValueError: the set is unknown, not prepared, neither of images with classes
+      nor of texts, damaged, has a label outside its classes, or is smaller than
+      `validation` and `train_examples` ask for; it is streamed, or its
+      images are too large, and they are to be preprocessed; or an argument does
+      not fit the set.
 
   Example:
     >>> dataset = load('digits', validation=200)
@@ -117,14 +139,42 @@ def load(
     (1237, 8, 8, 1)
   """
   del seed
+  folder = _cache_folder(cache_dir)
+  corpus = None
+  if name in generated.names():
+    arguments = dict(dataset_args or {})
+    if length:
+      arguments['length'] = length
+    made = generated.get(name)(**arguments)
+    kept, held_out = splits.hold_out(
+        len(made.train.labels), validation, train_examples)
+    held_out = (
+        made.validation if held_out is None else _select(made.train, held_out))
+    train = made.train if kept is None else _select(made.train, kept)
+    return _of_texts(name, text.Loaded(
+        train, held_out, made.test, made.asked, '', made.source))
+  if str(name).endswith('.txt'):
+    corpus = text.from_file(name)
+  elif name != 'digits':
+    directory = prepared.data_directory(data_dir)
+    found = prepared.find(name, directory, text_features)
+    if found is None:
+      corpus = text.from_cache(name, folder)
+    elif found.text_keys:
+      corpus = text.from_prepared(found, folder, stream)
+  if corpus is not None:
+    return _of_texts(name, text.load(
+        name, corpus, kind=tokenizer, vocabulary=vocabulary, length=length,
+        validation=validation, train_examples=train_examples,
+        cache_dir=folder))
   if name == 'digits':
     if stream:
       raise ValueError(
           "`stream` must be False for 'digits', got True; it is a small array")
     whole = _digits()
   else:
-    whole = _tfds(name, data_dir, cache_dir, stream, image_size)
-  kept, held_out = _hold_out(_size(whole.train), validation, train_examples)
+    whole = _tfds(name, found, directory, folder, stream, image_size)
+  kept, held_out = splits.hold_out(_size(whole.train), validation, train_examples)
   train = whole.train if kept is None else _select(whole.train, kept)
   if isinstance(train, Stream):
     image_shape = train.image_shape
@@ -139,8 +189,16 @@ def load(
       source=whole.source)
   if not preprocessing:
     return dataset
-  return _preprocessed(
-      dataset, preprocessing, zca_epsilon, _cache_folder(cache_dir))
+  return _preprocessed(dataset, preprocessing, zca_epsilon, folder)
+
+
+def _of_texts(name: str, loaded: text.Loaded) -> Dataset:
+  nothing = np.zeros(0, np.float32)
+  return Dataset(
+      name=name, num_classes=loaded.asked.num_classes, image_shape=(),
+      train=loaded.train, validation=loaded.validation, test=loaded.test,
+      mean=nothing, std=nothing, source=loaded.source, asked=loaded.asked,
+      tokenizer=loaded.tokenizer)
 
 
 def _preprocessed(dataset, kind, epsilon, cache_dir) -> Dataset:
@@ -158,7 +216,7 @@ def _preprocessed(dataset, kind, epsilon, cache_dir) -> Dataset:
       source=f'{kind} of {dataset.source}')
 
 
-def normalise(images: Array, mean: Array, std: Array) -> Array:
+def normalise(images: Any, mean: Any, std: Any) -> Any:
   """Scales images to [0, 1], then to mean 0 and variance 1 in each channel.
 
   Args:
@@ -182,7 +240,7 @@ def _digits() -> _Whole:
   """scikit-learn's 1,797 digits; the last 360 of a fixed order are test."""
   datasets = prepared.require('sklearn.datasets', "reading 'digits'")
   images, labels = datasets.load_digits(return_X_y=True)
-  order = epoch_order(len(labels), seed=_SPLIT_SEED, epoch=0)
+  order = epoch_order(len(labels), seed=splits.SEED, epoch=0)
   images = np.rint(images[order] * (255 / 16)).astype(np.uint8)
   images = images.reshape(-1, 8, 8, 1)
   labels = labels[order].astype(np.int32)
@@ -192,11 +250,8 @@ def _digits() -> _Whole:
       num_classes=10, source='digits from scikit-learn')
 
 
-def _tfds(name, data_dir, cache_dir, stream, image_size) -> _Whole:
-  """A TFDS set: from its cache file, else from its prepared folder."""
-  directory = prepared.data_directory(data_dir)
-  cache_dir = _cache_folder(cache_dir)
-  found = prepared.find(name, directory)
+def _tfds(name, found, directory, cache_dir, stream, image_size) -> _Whole:
+  """A TFDS set of images: from its cache file, else from its prepared folder."""
   if found is None:
     path = None if stream else decoded.newest_cache(name, cache_dir)
     cached = None if path is None else decoded.read_cache(path)
@@ -234,8 +289,9 @@ def _fits(found: prepared.Prepared) -> bool:
 
 def _streamed(found: prepared.Prepared, image_size: int) -> _Whole:
   splits = [
-      Stream(prepared.Examples(found, split), num_classes=found.num_classes,
-             image_size=image_size, channels=found.channels)
+      ImageStream(
+          prepared.Examples(found, split), num_classes=found.num_classes,
+          image_size=image_size, channels=found.channels)
       for split in ('train', found.test)]
   return _Whole(
       *splits, found.num_classes,
@@ -251,26 +307,6 @@ def _from_cache(
       f'{path.stem} ({cached.encoding} images) from the cache file {path}')
 
 
-def _hold_out(
-    size: int, validation: int, train_examples: int | None
-) -> tuple[np.ndarray | None, np.ndarray | None]:
-  """Positions kept for train and held out of it; None for all, and for none."""
-  if not 0 <= validation < size:
-    raise ValueError(
-        f'`validation` must be at least 0 and less than the {size} train '
-        f'examples, got {validation}; choose a smaller number')
-  left = size - validation
-  if train_examples is not None and not 1 <= train_examples <= left:
-    raise ValueError(
-        f'`train_examples` must be between 1 and the {left} train examples '
-        f'that are left, got {train_examples}; use None for all of them')
-  if not validation and train_examples in (None, size):
-    return None, None
-  order = epoch_order(size, seed=_SPLIT_SEED, epoch=0)
-  kept = np.sort(order[validation:])[:train_examples]
-  return kept, np.sort(order[:validation]) if validation else None
-
-
 def _size(split: Split | Stream) -> int:
   return len(split) if isinstance(split, Stream) else len(split.labels)
 
@@ -278,7 +314,8 @@ def _size(split: Split | Stream) -> int:
 def _select(split: Split | Stream, positions: np.ndarray) -> Split | Stream:
   if isinstance(split, Stream):
     return split.select(positions)
-  return Split(split.images[positions], split.labels[positions])
+  return type(split)(*(
+      x if x is None else x[positions] for x in split))
 
 
 def _moments(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -110,17 +110,20 @@ def check_labels(labels: np.ndarray, num_classes: int, where: str) -> None:
 
 
 def cache_path(
-    name: str, version: str, cache_dir: pathlib.Path) -> pathlib.Path:
-  """The file that keeps one version of a set.
+    name: str, version: str, cache_dir: pathlib.Path, kind: str = ''
+) -> pathlib.Path:
+  """The file that keeps one version of a set; of another `kind` than images too.
 
   Example:
     >>> cache_path('mnist', '3.0.1', pathlib.Path('cache'))
     PosixPath('cache/mnist-3.0.1.npz')
   """
-  return cache_dir / f'{name.replace("/", "-")}-{version}.npz'
+  kind = kind and f'-{kind}'
+  return cache_dir / f'{name.replace("/", "-")}-{version}{kind}.npz'
 
 
-def newest_cache(name: str, cache_dir: pathlib.Path) -> pathlib.Path | None:
+def newest_cache(
+    name: str, cache_dir: pathlib.Path, kind: str = '') -> pathlib.Path | None:
   """The cache file of 'name[/config][:version]', the newest; None without one.
 
   Raises:
@@ -131,8 +134,9 @@ def newest_cache(name: str, cache_dir: pathlib.Path) -> pathlib.Path | None:
     PosixPath('cache/mnist-3.0.1.npz')
   """
   path, version = prepared.split_name(name)
+  kind = kind and f'-{kind}'
   pattern = re.compile(
-      re.escape(path.replace('/', '-')) + r'-(\d+\.\d+\.\d+)\.npz')
+      re.escape(path.replace('/', '-')) + rf'-(\d+\.\d+\.\d+){kind}\.npz')
   files = {
       match[1]: file for file in cache_dir.glob('*.npz')
       if (match := pattern.fullmatch(file.name))

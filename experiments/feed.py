@@ -19,12 +19,12 @@ class Feed(Protocol):
   Attributes:
     steps_per_epoch: number of whole batches of an epoch.
     streams: whether batches come one at a time from the host.
-    fixed_batch: images `[batch, height, width, channels]` and labels `[batch]`
-      that alignment is measured on throughout the run.
+    fixed_batch: rows of the split that alignment is measured on throughout the
+      run: a NamedTuple of arrays `[batch, ...]`.
   """
   steps_per_epoch: int
   streams: bool
-  fixed_batch: tuple[jax.Array, jax.Array]
+  fixed_batch: Any
 
   def fetch(
       self, epoch: int, first: int, count: int
@@ -59,25 +59,27 @@ def eval_batch_size(wanted: int, mesh: Mesh) -> int:
 
 
 def eval_batches(
-    split: Any, wanted: int, mesh: Mesh
-) -> Iterator[tuple[jax.Array, jax.Array, jax.Array]]:
-  """Images, labels and mask of a whole split, all batches of one shape.
+    split: Any, wanted: int, mesh: Mesh) -> Iterator[tuple[Any, jax.Array]]:
+  """The rows of a whole split and their mask, all batches of one shape.
 
   The last batch is filled up with zeros, which the mask `[batch]` leaves out.
   """
   size = eval_batch_size(wanted, mesh)
   place = NamedSharding(mesh, PartitionSpec('data'))
   if isinstance(split, data_lib.Stream):
-    batches = (
-        (b['image'], b['label']) for b in split.batches(size, train=False))
+    batches = split.batches(size, train=False)
+    batches = map(split.rows, batches)
   else:
-    batches = (
-        (split.images[i:i + size], split.labels[i:i + size])
-        for i in range(0, length(split), size))
-  for images, labels in batches:
-    mask = np.arange(size) < len(labels)
-    batch = _fill(images, size), _fill(labels, size), mask
-    yield jax.device_put(batch, place)
+    batches = (_take(split, slice(i, i + size))
+               for i in range(0, length(split), size))
+  for rows in batches:
+    mask = np.arange(size) < len(rows.labels)
+    rows = jax.tree.map(lambda x: _fill(x, size), rows)
+    yield jax.device_put((rows, mask), place)
+
+
+def _take(rows, index):
+  return jax.tree.map(lambda x: x[index], rows)
 
 
 def _fill(x, size):
@@ -93,28 +95,23 @@ class _Arrays:
     self.steps_per_epoch = len(split.labels) // batch_size
     self._shape = (self.steps_per_epoch, batch_size)
     self._seed, self._mesh = seed, mesh
-    self._images, self._labels = self._put(split)
+    self._size = len(split.labels)
+    self._rows = self._put(split)
     self._epoch, self._order = None, None
-    index = self._indices(0)[0]
-    self.fixed_batch = self._put(
-        (split.images[index], split.labels[index]), 'data')
+    self.fixed_batch = self._put(_take(split, self._indices(0)[0]), 'data')
 
   def fetch(self, epoch, first, count):
     del count  # The whole epoch lies there.
     if epoch != self._epoch:
       self._epoch, self._order = epoch, self._put(self._indices(epoch))
-    data = {
-        'image': self._images, 'label': self._labels, 'order': self._order}
-    return data, np.int32(first)
+    return {'rows': self._rows, 'order': self._order}, np.int32(first)
 
   def _indices(self, epoch):
-    order = data_lib.epoch_order(
-        len(self._labels), seed=self._seed, epoch=epoch)
+    order = data_lib.epoch_order(self._size, seed=self._seed, epoch=epoch)
     return order[:np.prod(self._shape)].reshape(self._shape)
 
   def _put(self, x, *axes):
-    place = NamedSharding(self._mesh, PartitionSpec(*axes))
-    return jax.device_put(tuple(x) if isinstance(x, tuple) else x, place)
+    return jax.device_put(x, NamedSharding(self._mesh, PartitionSpec(*axes)))
 
 
 class _Streamed:
@@ -129,15 +126,14 @@ class _Streamed:
     self._next, self._batches = None, None
     data, _ = self.fetch(0, 0, 1)
     self.fixed_batch = jax.device_put(
-        (data['image'][0], data['label'][0]),
-        NamedSharding(mesh, PartitionSpec('data')))
+        _take(data['rows'], 0), NamedSharding(mesh, PartitionSpec('data')))
 
   def fetch(self, epoch, first, count):
     del count  # Always 1.
     if (epoch, first) != self._next:
       self._batches = self._split.batches(
           self._batch_size, seed=self._seed, epoch=epoch, start=first)
-    batch = next(self._batches)
+    rows = self._split.rows(next(self._batches))
     self._next = (epoch, first + 1)
-    data = {name: np.asarray(batch[name])[None] for name in ('image', 'label')}
-    return jax.device_put(data, self._place), np.int32(0)
+    rows = jax.tree.map(lambda x: np.asarray(x)[None], rows)
+    return {'rows': jax.device_put(rows, self._place)}, np.int32(0)

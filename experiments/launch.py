@@ -74,6 +74,8 @@ def _prepare(config, folder, stack):
     return None
   run = train.setup(config, folder)
   folder.claim(values)
+  if run.dataset.tokenizer:
+    folder.keep('tokenizer.json', run.dataset.tokenizer)
   folder.log(run.dataset.source)
   for unit, rule in run.units.items():
     folder.log(f'{unit}: {rule}')

@@ -7,6 +7,7 @@ from typing import Any
 
 from bpjax import paths
 import jax
+import jax.numpy as jnp
 import ml_collections
 import optax
 
@@ -29,8 +30,7 @@ def build(
   Example:
     >>> tx = build(default(), steps_per_epoch=468)
   """
-  tx = _optimizer(
-      config.optimizer, config.learning_rate, config, steps_per_epoch)
+  tx = _optimizer(config.optimizer, config.learning_rate, config, steps_per_epoch)
   if config.optimizer_by_path:
     parts = {
         i: _optimizer(name, rate, config, steps_per_epoch)
@@ -58,7 +58,47 @@ def build(
     tx = optax.multi_transform(
         {True: optax.set_to_zero(), False: tx},
         functools.partial(frozen, tuple(config.frozen)))
+  if config.accumulate > 1:
+    # Around both trees at once: W and B take the same steps.
+    if config.epochs * steps_per_epoch < config.accumulate:
+      raise ValueError(
+          f'`accumulate` must be at most the {config.epochs * steps_per_epoch} '
+          f'batches of the run, got {config.accumulate}.')
+    tx = optax.MultiSteps(tx, config.accumulate).gradient_transformation()
   return tx
+
+
+def after_epoch(
+    config: ml_collections.ConfigDict, opt_state: Any, loss: float) -> Any:
+  """The optimiser's state once an epoch's validation loss is known.
+
+  Under `schedule='plateau'` the rate falls where the loss did not; the state holds
+  all that this needs, so that a resumed run goes on with it.
+
+  Example:
+    >>> state = state._replace(
+    ...     opt_state=after_epoch(config, state.opt_state, .7))
+  """
+  plateau = _plateau(config)
+  is_plateau = lambda s: isinstance(
+      s, optax.contrib.ReduceLROnPlateauState)
+  return jax.tree.map(
+      lambda s: plateau.update({}, s, value=jnp.float32(loss))[1]
+      if is_plateau(s) else s, opt_state, is_leaf=is_plateau)
+
+
+def _plateau(config):
+  return optax.contrib.reduce_on_plateau(
+      config.plateau_factor, config.plateau_patience)
+
+
+def _scale_by_plateau(config):
+  """Multiplies updates by a scale that `after_epoch` alone changes."""
+  def update(updates, state, params=None):
+    del params
+    return jax.tree.map(lambda u: state.scale * u, updates), state
+
+  return optax.GradientTransformation(_plateau(config).init, update)
 
 
 def frozen(patterns: tuple[str, ...], tree: Any) -> Any:
@@ -125,11 +165,19 @@ def _label_collections(tree):
 
 def _optimizer(name, learning_rate, config, steps_per_epoch):
   rate = _schedule(config, learning_rate, steps_per_epoch)
+  tx = _of_rate(name, rate, config)
+  if config.schedule == 'plateau':
+    tx = optax.chain(tx, _scale_by_plateau(config))
+  if config.weight_decay and name != 'adamw':
+    # Last in the chain, so after the learning rate: W <- W + step - decay * W.
+    tx = optax.chain(tx, optax.add_decayed_weights(-config.weight_decay))
+  return tx
+
+
+def _of_rate(name, rate, config):
   l2 = optax.add_decayed_weights(config.l2, kernels)
-  if name == 'adamw':
-    tx = optax.adamw(rate, weight_decay=config.weight_decay)
-    return optax.chain(l2, tx) if config.l2 else tx
   tx = {
+      'adamw': lambda: optax.adamw(rate, weight_decay=config.weight_decay),
       'sgd': lambda: optax.sgd(rate),
       'momentum': lambda: optax.sgd(rate, config.momentum),
       'nesterov': lambda: optax.sgd(rate, config.momentum, nesterov=True),
@@ -138,28 +186,33 @@ def _optimizer(name, learning_rate, config, steps_per_epoch):
       'lars': lambda: optax.lars(
           rate, trust_ratio_mask=kernels, momentum=config.momentum),
   }[name]()
-  if config.l2:
-    tx = optax.chain(l2, tx)
-  if config.weight_decay:
-    # Last in the chain, so after the learning rate: W <- W + step - decay * W.
-    tx = optax.chain(tx, optax.add_decayed_weights(-config.weight_decay))
-  return tx
+  return optax.chain(l2, tx) if config.l2 else tx
 
 
 def _schedule(config, peak, steps_per_epoch):
   turns = 2 if config.feedback_schedule == 'epochs' else 1
-  warmup = round(config.warmup_epochs * steps_per_epoch)
+  turns *= config.accumulate  # It counts the optimiser's own steps.
+  warmup = config.warmup_steps or round(
+      config.warmup_epochs * steps_per_epoch / config.accumulate)
   rest = config.epochs * steps_per_epoch // turns - warmup
+  if config.schedule == 'noam':
+    return lambda step: peak * jnp.minimum(
+        (step + 1) / warmup, jnp.sqrt(warmup / (step + 1)))
+  if rest <= 0:
+    raise ValueError(
+        f'`warmup_steps` must be less than the {warmup + rest} steps of the '
+        f'run, got {warmup}.')
   # Another peak, that of the feedback, falls by the same factor.
   share = config.final_learning_rate / config.learning_rate
   after = {
       'constant': lambda: optax.constant_schedule(peak),
+      'plateau': lambda: optax.constant_schedule(peak),
       'cosine': lambda: optax.cosine_decay_schedule(peak, rest, share),
       'linear': lambda: optax.linear_schedule(peak, share * peak, rest),
       'polynomial': lambda: optax.polynomial_schedule(
           peak, share * peak, config.schedule_power, rest),
   }[config.schedule]()
   if not warmup:
-    return peak if config.schedule == 'constant' else after
+    return peak if config.schedule in ('constant', 'plateau') else after
   return optax.join_schedules(
       [optax.linear_schedule(0., peak, warmup), after], [warmup])

@@ -17,14 +17,25 @@ import re
 from typing import Any, NamedTuple
 
 KNOWN = (
-    'cifar10', 'cifar100', 'digits', 'emnist', 'fashion_mnist', 'imagenet2012',
-    'kmnist', 'mnist', 'svhn_cropped',
+    'ag_news_subset', 'associative_recall', 'cifar10', 'cifar100', 'digits',
+    'emnist', 'fashion_mnist', 'glue/mnli', 'glue/sst2', 'imagenet2012',
+    'imdb_reviews', 'kmnist', 'listops', 'lm1b', 'mnist', 'multi_nli',
+    'svhn_cropped', 'tiny_shakespeare',
 )
 _VERSION = re.compile(r'\d+\.\d+\.\d+')
 _NAME = re.compile(
     r'(?P<path>\w+(/[\w.+-]+)?)(:(?P<version>\d+\.\d+\.\d+))?')
 # Their published test split has no labels (all -1).
-_UNLABELLED_TEST = frozenset({'imagenet2012', 'imagenet2012_subset'})
+_UNLABELLED_TEST = frozenset(
+    {'glue', 'imagenet2012', 'imagenet2012_subset', 'super_glue'})
+# Splits to test on, the first that is there; multi_nli has two of each kind.
+_TESTS = ('test', 'validation', 'validation_matched')
+# Pairs of texts in the order in which they are read; others are in that of the
+# alphabet.
+_PAIRS = (
+    ('premise', 'hypothesis'), ('sentence1', 'sentence2'),
+    ('question1', 'question2'), ('question', 'sentence'), ('title', 'text'),
+    ('title', 'content'))
 
 
 class Prepared(NamedTuple):
@@ -36,11 +47,14 @@ class Prepared(NamedTuple):
     path: the folder that holds `dataset_info.json`.
     splits: number of examples of each split.
     test: the split to test on: 'test', else 'validation'.
-    image_key: name of the Image feature.
-    label_key: name of the ClassLabel feature.
-    image_shape: (height, width, channels), None where a size varies.
-    num_classes: classes of the ClassLabel feature.
+    image_key: name of the Image feature; '' of a set of texts.
+    label_key: name of the ClassLabel feature; '' where there is none.
+    image_shape: (height, width, channels), None where a size varies; () of texts.
+    num_classes: classes of the ClassLabel feature; 0 where there is none.
     fingerprint: changes when the set was prepared from other data.
+    text_keys: names of the Text features of an example, one or two; () of a set
+      of images.
+    num_bytes: that train and test take on the disk.
   """
 
   name: str
@@ -53,6 +67,8 @@ class Prepared(NamedTuple):
   image_shape: tuple[int | None, ...]
   num_classes: int
   fingerprint: str
+  text_keys: tuple[str, ...] = ()
+  num_bytes: int = 0
 
   @property
   def channels(self) -> int:
@@ -60,27 +76,24 @@ class Prepared(NamedTuple):
     return 1 if self.image_shape[-1] == 1 else 3
 
 
-class Examples:
-  """Random access to one split: `examples[i]` is (PIL image, label).
+class Records:
+  """Random access to the records of one split, as TFDS gives them.
 
-  Images are decoded here with PIL, not by TFDS, which would take OpenCV where
-  it is installed: JPEG decoders differ in the last bit, and one data set has to
-  be the same array on every machine.
-
-  Example:
-    >>> image, label = Examples(find('mnist', directory), 'train')[0]
+  Args:
+    prepared: the set.
+    split: name of the split.
+    decoders: TFDS decoders by feature.
   """
 
-  def __init__(self, prepared: Prepared, split: str):
+  def __init__(
+      self, prepared: Prepared, split: str,
+      decoders: Mapping[str, Any] | None = None):
     tfds = require('tensorflow_datasets', f'reading {prepared.name!r}')
-    require('PIL.Image', f'decoding {prepared.name!r}')
     self._prepared = prepared
     self._split = split
     builder = tfds.builder_from_directory(prepared.path)
     try:
-      self._source = builder.as_data_source(
-          split=split,
-          decoders={prepared.image_key: tfds.decode.SkipDecoding()})
+      self._source = builder.as_data_source(split=split, decoders=decoders)
       # The files are opened, and found missing or cut short, only here.
       self._source.__getitems__([0])
     except (OSError, RuntimeError) as error:
@@ -95,36 +108,75 @@ class Examples:
   def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, int]]:
     """Several examples, read from disk at once: several times as fast."""
     indices = [int(index) for index in indices]
-    mode = 'L' if self._prepared.channels == 1 else 'RGB'
-    examples = []
     try:
       records = self._source.__getitems__(indices)
     except (OSError, RuntimeError) as error:
       raise self._damaged('files', error) from error
-    for index, record in zip(indices, records):
-      try:
-        # Opening reads only the header; converting reads the pixels.
-        image = self._open(record).convert(mode)
-      except OSError as error:
-        raise self._damaged(f'an image at example {index}', error) from error
-      examples.append((image, int(record[self._prepared.label_key])))
-    return examples
+    return [
+        (self._made(index, record), int(record.get(self._prepared.label_key, 0)))
+        for index, record in zip(indices, records)]
 
-  @property
-  def encoding(self) -> str:
-    """How the first image is stored: 'PNG' or 'JPEG'."""
-    return self._open(self._source[0]).format
-
-  def _open(self, record: Mapping[str, Any]) -> Any:
-    from PIL import Image
-
-    return Image.open(io.BytesIO(record[self._prepared.image_key]))
+  def _made(self, index, record):
+    """What an example is made of beside its label."""
+    raise NotImplementedError
 
   def _damaged(self, what: str, error: Exception) -> ValueError:
     return ValueError(
         f'`dataset` {self._prepared.name!r} must be whole, but of '
         f'{self._split!r} in {self._prepared.path} cannot be read: {what} '
         f'({error}); prepare it again')
+
+
+class Examples(Records):
+  """Images of one split: `examples[i]` is (PIL image, label).
+
+  Images are decoded here with PIL, not by TFDS, which would take OpenCV where
+  it is installed: JPEG decoders differ in the last bit, and one data set has to
+  be the same array on every machine.
+
+  Example:
+    >>> image, label = Examples(find('mnist', directory), 'train')[0]
+  """
+
+  def __init__(self, prepared: Prepared, split: str):
+    tfds = require('tensorflow_datasets', f'reading {prepared.name!r}')
+    require('PIL.Image', f'decoding {prepared.name!r}')
+    super().__init__(
+        prepared, split, {prepared.image_key: tfds.decode.SkipDecoding()})
+
+  @property
+  def encoding(self) -> str:
+    """How the first image is stored: 'PNG' or 'JPEG'."""
+    return self._open(self._source[0]).format
+
+  def _made(self, index, record):
+    mode = 'L' if self._prepared.channels == 1 else 'RGB'
+    try:
+      # Opening reads only the header; converting reads the pixels.
+      return self._open(record).convert(mode)
+    except OSError as error:
+      raise self._damaged(f'an image at example {index}', error) from error
+
+  def _open(self, record: Mapping[str, Any]) -> Any:
+    from PIL import Image
+
+    return Image.open(io.BytesIO(record[self._prepared.image_key]))
+
+
+class Texts(Records):
+  """Texts of one split: `examples[i]` is (one or two texts, label).
+
+  The label is 0 in a set without labels.
+
+  Example:
+    >>> (sentence,), label = Texts(find('glue/sst2', directory), 'train')[0]
+  """
+
+  def _made(self, index, record):
+    try:
+      return tuple(record[key].decode() for key in self._prepared.text_keys)
+    except UnicodeDecodeError as error:
+      raise self._damaged(f'a text at example {index}', error) from error
 
 
 def require(module: str, purpose: str) -> Any:
@@ -194,16 +246,20 @@ def split_name(name: str) -> tuple[str, str | None]:
   return match['path'], match['version']
 
 
-def find(name: str, directory: pathlib.Path) -> Prepared | None:
+def find(
+    name: str, directory: pathlib.Path, text_features: Sequence[str] = ()
+) -> Prepared | None:
   """Reads what is prepared under `name`; None where nothing is.
 
   Args:
     name: 'name', 'name/config', each with ':version' if not the newest.
     directory: the TFDS data directory.
+    text_features: names of the texts to read, one or two; none: as the set's
+      features say.
 
   Raises:
-    ValueError: the set is there but cannot be used: it is not an image
-      classification set, has no train or test split, is stored in a format
+    ValueError: the set is there but cannot be used: it holds neither images with
+      classes nor texts, has no train or test split, is stored in a format
       without random access, or its JSON files are damaged.
 
   Example:
@@ -218,7 +274,7 @@ def find(name: str, directory: pathlib.Path) -> Prepared | None:
   if not infos:
     return None
   folder = max(infos, key=lambda info: version_key(info.parent.name)).parent
-  return _describe(path, folder)
+  return _describe(path, folder, tuple(text_features))
 
 
 def version_key(version: str) -> tuple[int, ...]:
@@ -257,9 +313,10 @@ def missing(name: str, directory: pathlib.Path) -> ValueError:
   if path.split('/')[0] not in known:
     near = difflib.get_close_matches(path, sorted(known), n=3)
     hint = f'did you mean {" or ".join(map(repr, near))}' if near else (
-        "use 'digits' or the name of a TFDS image classification set")
+        "use 'digits' or the name of a TFDS set of images or texts")
     return ValueError(
-        f"`dataset` must be 'digits' or a TFDS name, got {name!r}; {hint}; "
+        "`dataset` must be 'digits', a generated task, a TFDS name or the path "
+        f'of a .txt file, got {name!r}; {hint}; '
         f'searched {directory}, {holds}')
   return ValueError(
       f'`dataset` {name!r} is not prepared in {directory}, {holds}; on a '
@@ -279,7 +336,8 @@ def _registered() -> list[str]:
   return tfds.list_builders(with_community_datasets=False)
 
 
-def _describe(name: str, folder: pathlib.Path) -> Prepared:
+def _describe(
+    name: str, folder: pathlib.Path, text_features: tuple[str, ...]) -> Prepared:
   """Reads the two JSON files of one version folder."""
   try:
     info = json.loads((folder / 'dataset_info.json').read_text('utf-8'))
@@ -294,8 +352,24 @@ def _describe(name: str, folder: pathlib.Path) -> Prepared:
         f'features.json in {folder}, got {type(error).__name__}: {error}; '
         'prepare it again') from error
   _check_format(name, folder, info)
-  image_key, label_key = _keys(name, info, features)
-  image = features[image_key]['image']
+  image_key, text_keys, label_key = _keys(name, info, features, text_features)
+  test = _test_split(name, splits)
+  shape = ()
+  if image_key:
+    shape = _image_shape(name, features[image_key]['image'])
+  return Prepared(
+      name=name, version=folder.name, path=folder, splits=splits, test=test,
+      image_key=image_key, label_key=label_key, image_shape=shape,
+      num_classes=int(
+          features[label_key]['classLabel']['numClasses']) if label_key else 0,
+      fingerprint=json.dumps([info['splits'], features], sort_keys=True),
+      text_keys=text_keys,
+      num_bytes=sum(
+          int(split.get('numBytes', 0)) for split in info['splits']
+          if split['name'] in ('train', test)))
+
+
+def _image_shape(name, image):
   shape = tuple(
       int(size) if int(size) > 0 else None
       for size in image.get('shape', {}).get('dimensions', (-1, -1, -1)))
@@ -303,12 +377,7 @@ def _describe(name: str, folder: pathlib.Path) -> Prepared:
     raise ValueError(
         f'`dataset` {name!r} must have uint8 images of 1 or 3 channels, got '
         f'{image.get("dtype")} of shape {shape}; choose another data set')
-  return Prepared(
-      name=name, version=folder.name, path=folder, splits=splits,
-      test=_test_split(name, splits), image_key=image_key, label_key=label_key,
-      image_shape=shape,
-      num_classes=int(features[label_key]['classLabel']['numClasses']),
-      fingerprint=json.dumps([info['splits'], features], sort_keys=True))
+  return shape
 
 
 def _check_format(name: str, folder: pathlib.Path, info: Mapping) -> None:
@@ -322,32 +391,52 @@ def _check_format(name: str, folder: pathlib.Path, info: Mapping) -> None:
         '--file_format=array_record` into another directory')
 
 
-def _keys(name: str, info: Mapping, features: Mapping) -> tuple[str, str]:
-  """The Image and the ClassLabel feature that make up an example."""
-  images = [key for key, value in features.items() if 'image' in value]
-  labels = [key for key, value in features.items() if 'classLabel' in value]
+def _keys(name, info, features, text_features):
+  """The Image feature or '', the Text features, the ClassLabel feature or ''."""
+  of_kind = lambda kind: [
+      key for key, value in features.items() if kind in value]
+  images, labels, texts = map(of_kind, ('image', 'classLabel', 'text'))
   supervised = tuple(
       item.get('featureKey') for item in info.get('supervisedKeys', {}).get(
           'tuple', {}).get('items', ()))
-  for pair in (supervised, ('image', 'label')):
-    if len(pair) == 2 and pair[0] in images and pair[1] in labels:
-      return pair
-  if len(images) == 1 and len(labels) == 1:
-    return images[0], labels[0]
+  if images and not text_features:
+    for pair in (supervised, ('image', 'label')):
+      if len(pair) == 2 and pair[0] in images and pair[1] in labels:
+        return pair[0], (), pair[1]
+    if len(images) == 1 and len(labels) == 1:
+      return images[0], (), labels[0]
+  elif texts:
+    chosen = _text_keys(name, texts, text_features)
+    known = [key for key in ('label', *supervised) if key in labels]
+    if known or len(labels) < 2:
+      return '', chosen, (known or labels or [''])[0]
   raise ValueError(
-      f'`dataset` {name!r} must be an image classification set (one Image and '
-      f'one ClassLabel feature), got the features '
-      f'{", ".join(sorted(features)) or "none"}; only such sets are read')
+      f'`dataset` {name!r} must hold images with one ClassLabel, or texts, got '
+      f'the features {", ".join(sorted(features)) or "none"}; only such sets are '
+      'read')
+
+
+def _text_keys(name, texts, text_features):
+  """The names of one or two texts."""
+  if not text_features:
+    # What names an example is no text of it.
+    found = sorted(t for t in texts if not re.search('(^|_)(id|idx|uid)$', t))
+    pair = next((p for p in _PAIRS if set(p) == set(found)), tuple(found))
+    if 1 <= len(pair) <= 2:
+      return pair
+  elif len(text_features) <= 2 and set(text_features) <= set(texts):
+    return text_features
+  raise ValueError(
+      f'`text_features` must name one or two texts of `dataset` {name!r}, got '
+      f'{", ".join(text_features) or "none"}; it has {", ".join(sorted(texts))}')
 
 
 def _test_split(name: str, splits: Mapping[str, int]) -> str:
-  order = ['test', 'validation']
-  if name.split('/')[0] in _UNLABELLED_TEST:
-    order = ['validation']
-  for split in order:
+  unlabelled = name.split('/')[0] in _UNLABELLED_TEST
+  for split in _TESTS[unlabelled:]:
     if splits.get(split) and splits.get('train'):
       return split
   raise ValueError(
       f'`dataset` {name!r} must have a train split and one of '
-      f'{", ".join(order)}, got {", ".join(splits) or "none"}; choose another '
-      'data set')
+      f'{", ".join(_TESTS[unlabelled:])}, got {", ".join(splits) or "none"}; '
+      'choose another data set')

@@ -14,28 +14,13 @@ from typing import Any, NamedTuple
 import bpjax
 from experiments import data as data_lib
 from experiments import optimizer
+from experiments import tasks
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 import numpy as np
 import optax
-
-
-class Window(NamedTuple):
-  """Training results since the last line of the metrics.
-
-  They live in the train state, so that a resumed run goes on with them.
-
-  Attributes:
-    loss: sum of the steps' mean losses, [].
-    correct: number of examples that were classified correctly, of every view
-      of each, [].
-    steps: number of steps, [].
-  """
-  loss: jax.Array
-  correct: jax.Array
-  steps: jax.Array
 
 
 class TrainState(NamedTuple):
@@ -49,7 +34,8 @@ class TrainState(NamedTuple):
     feedback: the rule's own weights; {} for a rule without any.
     opt_state: the optimiser's state.
     model_state: the model's other collections, such as `batch_stats`.
-    window: training results since the last line of the metrics.
+    window: training results since the last line of the metrics; they live here,
+      so that a resumed run goes on with them.
     particles: states of a rule that settles, one row a training example; {} for
       a run that does not keep them.
   """
@@ -58,13 +44,14 @@ class TrainState(NamedTuple):
   feedback: Any
   opt_state: Any
   model_state: Any
-  window: Window
+  window: tasks.Sums
   particles: Any
 
 
-def empty_window() -> Window:
+def empty_window() -> tasks.Sums:
   """A window without steps."""
-  return Window(np.float32(0), np.int32(0), np.int32(0))
+  return tasks.Sums(
+      np.float32(0), np.int32(0), np.float32(0), np.float32(0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,9 +64,8 @@ class Learner:
     loss: `(output, labels) -> per-example losses`, on integer labels.
     reduction: path pattern -> 'mean' or 'sum'.
     tx: optimiser of `{'params', 'feedback'}` (see `optimizer.build`).
-    input_shape: shape of a batch of images, `[batch, height, width, channels]`.
-    mean: subtracted from images scaled to [0, 1], `[channels]`.
-    std: what they are divided by then, `[channels]`.
+    task: what the model reads of a batch.
+    like: shapes and dtypes of a batch.
     seed: of everything random.
     mesh: the devices; a batch is split over its axis `data`.
     mirror_every: feedback that learns from noise does so at every n-th step.
@@ -88,15 +74,16 @@ class Learner:
     input_noise: standard deviation of the noise that a step adds to its inputs.
     augment: `(key, images in [0, 1]) -> images [views * batch, ...]`, or None.
     views: how many of each image there are then, one after the other.
+    dtype: of the computation; parameters, feedback and the optimiser's state are
+      kept in single precision whatever it is.
   """
   net: Any
   rule: Any
   loss: Callable[[jax.Array, jax.Array], jax.Array]
   reduction: Mapping[str, str]
   tx: optax.GradientTransformation
-  input_shape: tuple[int, ...]
-  mean: np.ndarray
-  std: np.ndarray
+  task: tasks.Task
+  like: Any
   seed: int
   mesh: jax.sharding.Mesh
   mirror_every: int = 1
@@ -105,11 +92,12 @@ class Learner:
   input_noise: float = 0.
   augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None
   views: int = 1
+  dtype: str = 'float32'
 
   def init(self) -> TrainState:
     """The state before the first step."""
     key, feedback_key, *_ = self._keys()
-    x = jnp.zeros(self.input_shape)
+    x = self._nothing()
     variables = self.net.init(key, x)
     feedback = self.rule.init(feedback_key, self.net, variables, x)
     model_state = {c: v for c, v in variables.items() if c != 'params'}
@@ -145,10 +133,8 @@ class Learner:
 
   def _mirror(self, state: TrainState, i: jax.Array) -> TrainState:
     """One step of the mirrored feedback alone: no data, no other update."""
-    images = jnp.zeros(self.input_shape, jnp.uint8)
-    labels = jnp.zeros(self.input_shape[:1], jnp.int32)
     # Keys below 0: those from 0 on belong to the steps of training.
-    after, _ = self.step(state._replace(step=-1 - i), images, labels)
+    after, _ = self.step(state._replace(step=-1 - i), self._zeros())
     feedback = jax.tree.map(
         lambda mirrored, new, old: new if mirrored else old,
         self.rule.mirrored(state.feedback), after.feedback, state.feedback)
@@ -159,7 +145,7 @@ class Learner:
     units = {}
 
     def trace():
-      x = jnp.zeros(self.input_shape)
+      x = self._nothing()
       variables = self.net.init(jax.random.key(0), x)
       units.update(self.rule.units(self.net, variables, x))
 
@@ -176,8 +162,8 @@ class Learner:
 
     Args:
       state: the train state.
-      data: `image` and `label` of a whole data set with `order`
-        `[batches, batch]`, or of batches `[batches, batch, ...]`.
+      data: `rows` of a whole split with `order` `[batches, batch]`, or of batches
+        `[batches, batch, ...]`.
       first: the first batch, [].
       count: the number of steps, at most `most`, [].
       most: 1 compiles no loop at all.
@@ -198,8 +184,8 @@ class Learner:
     return jax.lax.fori_loop(0, count, body, (state, losses))
 
   def step(
-      self, state: TrainState, images: jax.Array, labels: jax.Array,
-      index: jax.Array | None = None) -> tuple[TrainState, jax.Array]:
+      self, state: TrainState, batch: Any, index: jax.Array | None = None
+  ) -> tuple[TrainState, jax.Array]:
     """One step on one batch; returns the new state and the mean loss, [].
 
     `index` `[batch]` says which training examples these are.
@@ -207,18 +193,25 @@ class Learner:
     learn = self.rule.value_and_grad(
         self.net, self.loss, reduction=self.reduction)
     _, _, key, _, noise_key, augment_key = self._keys()
-    x, labels = self._augmented(
-        jax.random.fold_in(augment_key, state.step), images, labels)
+    batch = self._augmented(
+        jax.random.fold_in(augment_key, state.step), batch)
+    x = self._inputs(batch)
     if self.input_noise:
       x += self.input_noise * jax.random.normal(
           jax.random.fold_in(noise_key, state.step), x.shape, x.dtype)
-    variables = {'params': state.params, **state.model_state}
+    params, x, given = self._cast((state.params, x, state.feedback))
+    variables = {'params': params, **state.model_state}
     particles = state.particles
     if self.examples:
       variables['particles'] = jax.tree.map(lambda s: s[index], particles)
-    (loss, aux), (grads, feedback_grads) = learn(
-        variables, state.feedback, x, labels,
+    (loss, aux), grads = learn(
+        variables, given, x, batch.labels,
         key=jax.random.fold_in(key, state.step))
+    grads, feedback_grads = _as_before(grads, (state.params, state.feedback))
+    # What the rule left alone stays as exact as it was.
+    advanced = jax.tree.map(
+        lambda new, cast, old: old if new is cast else new.astype(old.dtype),
+        aux.feedback, given, state.feedback)
     if self.examples:
       particles = jax.tree.map(
           lambda all, new: all.at[index].set(new), particles,
@@ -231,16 +224,15 @@ class Learner:
         learned)
     learned = optax.apply_updates(learned, updates)
     loss = loss.astype(jnp.float32)
-    window = Window(
-        state.window.loss + loss,
-        state.window.correct + jnp.sum(_correct(aux.output, labels)),
-        state.window.steps + 1)
+    window = jax.tree.map(
+        jnp.add, state.window, tasks.sums(loss, aux.output, batch))
     feedback = self._mirrored_now(state, optimizer.merged(
-        trainable, learned['feedback'], aux.feedback))
+        trainable, learned['feedback'], advanced))
+    model_state = {
+        c: aux.model_state.get(c, v) for c, v in state.model_state.items()}
     state = TrainState(
         state.step + 1, learned['params'], feedback, opt_state,
-        {c: aux.model_state.get(c, v) for c, v in state.model_state.items()},
-        window, particles)
+        _as_before(model_state, state.model_state), window, particles)
     return state, loss
 
   def _mirrored_now(self, state, feedback):
@@ -253,26 +245,24 @@ class Learner:
         self.rule.mirrored(feedback), feedback, state.feedback)
 
   def evaluate(
-      self, params: Any, model_state: Any, images: jax.Array,
-      labels: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Sum of losses and number of correct answers where `mask` is true."""
+      self, params: Any, model_state: Any, batch: Any, mask: jax.Array
+  ) -> tasks.Sums:
+    """The results of a batch, where `mask` `[batch]` is true."""
     predict = self.rule.predict(self.net)
-    output = predict(
-        {'params': params, **model_state}, self._normalise(images))
-    losses = self.loss(output, labels).astype(jnp.float32)
-    correct = _correct(output, labels) & mask
-    return jnp.sum(jnp.where(mask, losses, 0)), jnp.sum(correct)
+    params, x = self._cast((params, self._inputs(batch)))
+    output = predict({'params': params, **model_state}, x)
+    return tasks.sums(self.loss(output, batch.labels), output, batch, mask)
 
-  def align(
-      self, state: TrainState, images: jax.Array, labels: jax.Array
-  ) -> dict[str, Any]:
+  def align(self, state: TrainState, batch: Any) -> dict[str, Any]:
     """Alignment with backprop on one batch: unit -> `bpjax.Alignment`."""
     align = bpjax.alignment(self.net, self.loss, self.rule)
     _, _, _, key, _, augment_key = self._keys()
     # Views of its own that stay the same, as the batch does.
-    x, labels = self._augmented(augment_key, images, labels)
+    batch = self._augmented(augment_key, batch)
+    params, feedback, x = self._cast(
+        (state.params, state.feedback, self._inputs(batch)))
     return align(
-        {'params': state.params, **state.model_state}, state.feedback, x, labels,
+        {'params': params, **state.model_state}, feedback, x, batch.labels,
         key=jax.random.fold_in(key, state.step))
 
   def _keys(self):
@@ -281,20 +271,35 @@ class Learner:
 
   def _batch(self, data, i):
     if 'order' not in data:
-      return data['image'][i], data['label'][i], None
+      return jax.tree.map(lambda x: x[i], data['rows']), None
     index = self._split(data['order'][i])
-    return data['image'][index], data['label'][index], index
+    return jax.tree.map(lambda x: x[index], data['rows']), index
 
-  def _augmented(self, key, images, labels):
-    """The inputs of a training step, and the label of each."""
+  def _augmented(self, key, batch):
+    """The rows of a training step, where images are changed in it."""
     if self.augment is None:
-      return self._normalise(images), labels
-    images = self._split(data_lib.normalise(images, 0., 1.))
-    labels = self._split(jnp.tile(labels, self.views))
-    return self._normalise(self.augment(key, images)), labels
+      return batch
+    images = self._split(data_lib.normalise(batch.images, 0., 1.))
+    return batch._replace(
+        images=self.augment(key, images),
+        labels=self._split(jnp.tile(batch.labels, self.views)))
 
-  def _normalise(self, images):
-    return self._split(data_lib.normalise(images, self.mean, self.std))
+  def _inputs(self, batch):
+    return jax.tree.map(self._split, self.task.inputs(batch))
+
+  def _zeros(self):
+    """A batch that says nothing."""
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.like)
+
+  def _nothing(self):
+    """Inputs of the right shapes."""
+    return self.task.inputs(self._zeros())
+
+  def _cast(self, tree):
+    """The tree with its floats in the dtype of the computation."""
+    return jax.tree.map(
+        lambda x: x.astype(self.dtype)
+        if x.dtype == jnp.float32 else x, tree)
 
   def _split(self, x):
     return jax.lax.with_sharding_constraint(
@@ -309,20 +314,6 @@ def is_finite(state: TrainState) -> jax.Array:
   return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in floats]))
 
 
-def loss_function(
-    name: str, num_classes: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
-  """The loss called `name`, of an output and integer labels `[batch]`."""
-  if name == 'cross_entropy':
-    return bpjax.losses.softmax_cross_entropy
-  if name == 'sigmoid_cross_entropy':
-    return bpjax.losses.sigmoid_cross_entropy
-
-  def squared_error(output, labels):
-    targets = jax.nn.one_hot(labels, num_classes, dtype=output.dtype)
-    return bpjax.losses.squared_error(output, targets)
-
-  return squared_error
-
-
-def _correct(output, labels):
-  return jnp.argmax(output, axis=-1) == labels
+def _as_before(new, old):
+  """`new` in the dtypes of `old`."""
+  return jax.tree.map(lambda n, o: n.astype(o.dtype), new, old)

@@ -1,16 +1,18 @@
-"""Streams a large image set: random access, decoding and crops in threads.
+"""Streams a large set: random access, decoding and crops in threads.
 
 The order of the examples and every random crop are pure functions of the seed,
 the epoch and the example, so a run that resumes at batch k sees exactly the
 batches that it would have seen, and skipping to k reads nothing.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+import copy
 import math
 import os
 from typing import Any
 
 from experiments import prepared
+from experiments.decoded import Split
 import numpy as np
 
 # Per-channel mean and standard deviation of the ImageNet training images in
@@ -61,6 +63,139 @@ def epoch_order(num_examples: int, *, seed: int, epoch: int) -> np.ndarray:
 class Stream:
   """The examples of one split, read through grain as they are needed.
 
+  A subclass says what is made of an example, `_example`, and which rows of a
+  split a batch of them is, `rows`.
+
+  Args:
+    examples: random access.
+    indices: which of `examples` belong to this stream; None for all.
+    num_threads: threads that read and decode; None for one a core, at most 16.
+  """
+
+  def __init__(
+      self, examples: Sequence[Any], indices: np.ndarray | None = None,
+      num_threads: int | None = None):
+    self._examples = examples
+    self._indices = (
+        np.arange(len(examples), dtype=np.int32) if indices is None
+        else np.asarray(indices, np.int32))
+    self._num_threads = num_threads or min(16, os.cpu_count() or 1)
+
+  def __len__(self) -> int:
+    return len(self._indices)
+
+  def select(self, positions: np.ndarray) -> 'Stream':
+    """The stream of the examples at `positions` of this one.
+
+    Args:
+      positions: integers `[n]` in [0, len(self)).
+
+    Returns:
+      A Stream that shares the files and settings of this one.
+
+    Example:
+      >>> quick = stream.select(np.arange(1000))
+    """
+    chosen = copy.copy(self)
+    chosen._indices = self._indices[positions]
+    return chosen
+
+  def batches(
+      self,
+      batch_size: int,
+      *,
+      seed: int = 0,
+      epoch: int = 0,
+      start: int = 0,
+      train: bool = True,
+  ) -> Iterator[dict[str, np.ndarray]]:
+    """One epoch of batches, from batch `start` on.
+
+    Training shuffles, crops and flips images at random, and drops a last batch
+    that is not full (one shape, one compilation). Evaluation keeps the stored
+    order, crops the centre, and keeps the last batch as it is.
+
+    Args:
+      batch_size: examples of a batch.
+      seed: the run's seed; with `epoch` it fixes order and crops.
+      epoch: which epoch.
+      start: batches to leave out; costs nothing.
+      train: training or evaluation.
+
+    Returns:
+      An iterator of dicts, of images {'image': uint8 `[b, height, width,
+      channels]`, 'label': int32 `[b]`}. Closing it ends the threads.
+
+    Raises:
+      ValueError: `batch_size` or `start` is out of range, grain is not
+        installed, or (while reading) a label is outside [0, num_classes).
+
+    Example:
+      >>> resumed = stream.batches(256, seed=0, epoch=2, start=17)
+    """
+    if batch_size < 1 or (train and batch_size > len(self)):
+      raise ValueError(
+          f'`batch_size` must be between 1 and the {len(self)} examples of the '
+          f'stream, got {batch_size}; choose a smaller one')
+    if start < 0:
+      raise ValueError(
+          f'`start` must not be negative, got {start}; use 0 for a whole epoch')
+    positions = (
+        epoch_order(len(self), seed=seed, epoch=epoch) if train
+        else np.arange(len(self)))
+    grain = prepared.require('grain', 'streaming a data set')
+    return self._iterate(
+        grain, self._indices[positions][start * batch_size:], batch_size,
+        (seed, epoch) if train else None)
+
+  def rows(self, batch: Mapping[str, np.ndarray]) -> Any:
+    """A batch as rows of a split.
+
+    Example:
+      >>> stream.rows(next(stream.batches(256))).labels.shape
+      (256,)
+    """
+    raise NotImplementedError
+
+  def _iterate(self, grain, indices, batch_size, randomness):
+    """Yields from grain; `randomness` is (seed, epoch), or None for none."""
+    if not len(indices):
+      return
+    reading = grain.ReadOptions(
+        num_threads=self._num_threads,
+        prefetch_buffer_size=max(self._num_threads, 2 * batch_size))
+    dataset = (
+        grain.MapDataset.source(indices)
+        .map(lambda index: self._example(int(index), randomness))
+        .to_iter_dataset(reading)
+        .batch(batch_size, drop_remainder=randomness is not None))
+    iterator = iter(dataset)
+    try:
+      yield from iterator
+    finally:
+      iterator.close()
+
+  def _example(self, index, randomness) -> dict[str, np.ndarray]:
+    """What is made of example `index`, where `randomness` may be None."""
+    raise NotImplementedError
+
+
+def check_label(label: int, num_classes: int, index: int) -> np.int32:
+  """The label of a streamed example, if there is such a class.
+
+  Raises:
+    ValueError: if there is none.
+  """
+  if not 0 <= label < num_classes:
+    raise ValueError(
+        f'`labels` must lie in [0, {num_classes}), got {label} at example '
+        f'{index}; prepare the data set again')
+  return np.int32(label)
+
+
+class ImageStream(Stream):
+  """Images, cropped and scaled to one size.
+
   Args:
     examples: random access, `examples[i]` is (PIL image, label).
     indices: which of `examples` belong to this stream; None for all.
@@ -88,106 +223,16 @@ class Stream:
     if image_size < 1:
       raise ValueError(
           f'`image_size` must be at least 1, got {image_size}; use 224')
-    self._examples = examples
-    self._indices = (
-        np.arange(len(examples), dtype=np.int32) if indices is None
-        else np.asarray(indices, np.int32))
+    super().__init__(examples, indices, num_threads)
     self._num_classes = num_classes
-    self._num_threads = num_threads or min(16, os.cpu_count() or 1)
     self.image_shape = (image_size, image_size, channels)
 
-  def __len__(self) -> int:
-    return len(self._indices)
-
-  def select(self, positions: np.ndarray) -> 'Stream':
-    """The stream of the examples at `positions` of this one.
-
-    Args:
-      positions: integers `[n]` in [0, len(self)).
-
-    Returns:
-      A Stream that shares the files and settings of this one.
-
-    Example:
-      >>> quick = stream.select(np.arange(1000))
-    """
-    return Stream(
-        self._examples, self._indices[positions],
-        num_classes=self._num_classes, image_size=self.image_shape[0],
-        channels=self.image_shape[2], num_threads=self._num_threads)
-
-  def batches(
-      self,
-      batch_size: int,
-      *,
-      seed: int = 0,
-      epoch: int = 0,
-      start: int = 0,
-      train: bool = True,
-  ) -> Iterator[dict[str, np.ndarray]]:
-    """One epoch of batches, from batch `start` on.
-
-    Training shuffles, crops and flips at random, and drops a last batch that is
-    not full (one shape, one compilation). Evaluation keeps the stored order,
-    crops the centre, and keeps the last batch as it is.
-
-    Args:
-      batch_size: examples of a batch.
-      seed: the run's seed; with `epoch` it fixes order and crops.
-      epoch: which epoch.
-      start: batches to leave out; costs nothing.
-      train: training or evaluation.
-
-    Returns:
-      An iterator of {'image': uint8 `[b, height, width, channels]`, 'label':
-      int32 `[b]`}. Closing it ends the threads.
-
-    Raises:
-      ValueError: `batch_size` or `start` is out of range, grain is not
-        installed, or (while reading) a label is outside [0, num_classes).
-
-    Example:
-      >>> resumed = stream.batches(256, seed=0, epoch=2, start=17)
-    """
-    if batch_size < 1 or (train and batch_size > len(self)):
-      raise ValueError(
-          f'`batch_size` must be between 1 and the {len(self)} examples of the '
-          f'stream, got {batch_size}; choose a smaller one')
-    if start < 0:
-      raise ValueError(
-          f'`start` must not be negative, got {start}; use 0 for a whole epoch')
-    positions = (
-        epoch_order(len(self), seed=seed, epoch=epoch) if train
-        else np.arange(len(self)))
-    grain = prepared.require('grain', 'streaming a data set')
-    return self._iterate(
-        grain, self._indices[positions][start * batch_size:], batch_size,
-        (seed, epoch) if train else None)
-
-  def _iterate(self, grain, indices, batch_size, randomness):
-    """Yields from grain; `randomness` is (seed, epoch), or None for none."""
-    if not len(indices):
-      return
-    reading = grain.ReadOptions(
-        num_threads=self._num_threads,
-        prefetch_buffer_size=max(self._num_threads, 2 * batch_size))
-    dataset = (
-        grain.MapDataset.source(indices)
-        .map(lambda index: self._example(int(index), randomness))
-        .to_iter_dataset(reading)
-        .batch(batch_size, drop_remainder=randomness is not None))
-    iterator = iter(dataset)
-    try:
-      yield from iterator
-    finally:
-      iterator.close()
+  def rows(self, batch: Mapping[str, np.ndarray]) -> Split:
+    return Split(batch['image'], batch['label'])
 
   def _example(self, index, randomness):
     image, label = self._examples[index]
-    if not 0 <= label < self._num_classes:
-      raise ValueError(
-          f'`labels` must lie in [0, {self._num_classes}), got {label} at '
-          f'example {index}; prepare the data set again')
+    label = check_label(label, self._num_classes, index)
     if randomness is None:
       box, flip = _centre_box(*image.size), False
     else:
@@ -195,10 +240,7 @@ class Stream:
       rng = np.random.Generator(np.random.Philox(
           np.random.SeedSequence(seed, spawn_key=(epoch, index))))
       box, flip = _random_box(rng, *image.size), rng.random() < 0.5
-    return {
-        'image': _resize(image, box, flip, self.image_shape),
-        'label': np.int32(label),
-    }
+    return {'image': _resize(image, box, flip, self.image_shape), 'label': label}
 
 
 def _resize(image, box, flip, shape) -> np.ndarray:

@@ -18,7 +18,8 @@ import numpy as np
 _STREAMED_TRAIN_EXAMPLES = 10_000  # Of a stream, for `train_accuracy`.
 _PACKAGES = (
     'bpjax', 'flax', 'grain', 'jax', 'jaxlib', 'ml_collections', 'numpy',
-    'optax', 'orbax-checkpoint', 'scikit-learn', 'tensorflow-datasets')
+    'optax', 'orbax-checkpoint', 'scikit-learn', 'tensorflow-datasets',
+    'tokenizers')
 
 
 def summarise(
@@ -28,12 +29,12 @@ def summarise(
   split = run.dataset.train
   if isinstance(split, data_lib.Stream):
     split = split.select(np.arange(min(len(split), _STREAMED_TRAIN_EXAMPLES)))
-  train_loss, train_accuracy = train.evaluate(run, state, split)
+  measured = train.evaluate(run, state, split)
   last = [m for m in run.folder.metrics() if m['step'] == run.total_steps]
-  results = {'train_accuracy': train_accuracy, 'train_loss': train_loss}
+  results = {f'train_{name}': value for name, value in measured.items()}
   for name in ('test', 'validation'):
     line = next((m for m in last if m['split'] == name), {})
-    for value in ('accuracy', 'loss'):
+    for value in measured:
       results[f'{name}_{value}'] = line.get(value)
   device = run.learner.mesh.devices.flat[0]
   return dict(sorted(results.items(), reverse=True)) | {

@@ -24,8 +24,10 @@ from experiments import feed as feed_lib
 from experiments import optimizer
 from experiments import progress as progress_lib
 from experiments import step as step_lib
+from experiments import tasks
 from experiments import workdir as workdir_lib
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 import ml_collections
@@ -33,6 +35,10 @@ import numpy as np
 
 _MOST_STEPS = 100  # Per call, so that the bar moves and signals are heard.
 _CPU_FLOPS_PER_CALL = 2e10  # Under a second on one core.
+# Fields that mean nothing for the other kind of data.
+_OF_IMAGES = (
+    'preprocessing', 'augment', 'input_noise', 'pixel_mean', 'pixel_std')
+_OF_TEXTS = ('tokenizer', 'vocabulary', 'length', 'text_features')
 
 
 class NonFiniteError(Exception):
@@ -49,7 +55,7 @@ class Run:
     dataset: the data.
     learner: the network, the rule and the optimiser.
     feed: the training batches.
-    alignment_batch: images and labels on which alignment is measured.
+    alignment_batch: rows on which alignment is measured.
     like: shapes, dtypes and shardings of the train state.
     units: unit -> name of the rule that trains it.
     most: largest number of steps in one call.
@@ -100,22 +106,25 @@ def setup(
   dataset = data_lib.load(
       config.dataset, config.data_dir or None, validation=config.validation,
       seed=config.seed, train_examples=config.train_examples or None,
-      preprocessing=config.preprocessing, zca_epsilon=config.zca_epsilon)
+      preprocessing=config.preprocessing, zca_epsilon=config.zca_epsilon,
+      tokenizer=config.tokenizer, vocabulary=config.vocabulary,
+      length=config.length, text_features=config.text_features,
+      dataset_args=config.dataset_args.to_dict())
+  task = _task(config, dataset)
   feed = feed_lib.make(dataset.train, config.batch_size, config.seed, mesh)
   net = bpjax.from_linen(
-      make_model(**{'num_classes': dataset.num_classes} | model_args),
+      _model(config, make_model, task, model_args),
       is_unit=functools.partial(_is_unit, tuple(config.units)),
       boundaries=config.boundaries)
-  outputs = _check_labels(net, dataset, config.batch_size)
+  like = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), feed.fixed_batch)
+  outputs = _check_labels(config, net, dataset, task, like)
   _check_units(net, config.units)
   learner = step_lib.Learner(
-      net=net, rule=rule, loss=step_lib.loss_function(config.loss, outputs),
+      net=net, rule=rule, loss=tasks.loss_function(config.loss, outputs),
       reduction=_reduction(config),
-      tx=optimizer.build(config, feed.steps_per_epoch),
-      input_shape=(config.batch_size, *dataset.image_shape),
-      mean=_pixels(config, 'pixel_mean', dataset.mean),
-      std=_pixels(config, 'pixel_std', dataset.std), seed=config.seed,
-      mesh=mesh,
+      tx=optimizer.build(config, feed.steps_per_epoch), task=task, like=like,
+      seed=config.seed, mesh=mesh, dtype=config.dtype,
       mirror_every=config.mirror_every, mirror_first=config.mirror_first,
       examples=_particles(config, dataset), input_noise=config.input_noise,
       augment=_augment(config),
@@ -194,16 +203,15 @@ def train(
 
 
 def evaluate(
-    run: Run, state: step_lib.TrainState, split: Any) -> tuple[float, float]:
-  """Mean loss and accuracy over a whole split, its last examples included."""
+    run: Run, state: step_lib.TrainState, split: Any) -> dict[str, float]:
+  """What the task measures on a whole split, its last examples included."""
   batches = feed_lib.eval_batches(
       split, run.config.eval_batch_size, run.learner.mesh)
   sums = [
       run.programs['evaluate'](state.params, state.model_state, *batch)
       for batch in batches]
-  loss, correct = np.sum(np.asarray(jax.device_get(sums), np.float64), axis=0)
-  count = feed_lib.length(split)
-  return float(loss / count), float(correct / count)
+  total = np.sum(np.asarray(jax.device_get(sums), np.float64), axis=0)
+  return run.learner.task.metrics(tasks.Sums(*total))
 
 
 def _rule(config):
@@ -258,6 +266,45 @@ def _augment(config):
   return make(**config_lib.arguments(make, config, 'augment_args'))
 
 
+def _task(config, dataset):
+  """What is asked on the data set; refuses fields that others have."""
+  others = _OF_TEXTS if dataset.asked is None else _OF_IMAGES
+  default = config_lib.default()
+  for field in others:
+    if config[field] != default[field]:
+      kind = 'images' if dataset.asked is None else 'texts'
+      raise ValueError(
+          f'`{field}` means nothing for `dataset` {dataset.name!r}, which is one '
+          f'of {kind}, got {config[field]!r}; leave it out.')
+  if config.schedule == 'plateau' and dataset.validation is None:
+    raise ValueError(
+        "`schedule='plateau'` needs validation examples, and `dataset` "
+        f'{dataset.name!r} has none; set `validation`.')
+  if dataset.asked is not None:
+    if dataset.asked.each_token and config.loss == 'squared_error':
+      raise ValueError(
+          "`loss` must not be 'squared_error' where every token is predicted; "
+          "use 'cross_entropy'.")
+    return tasks.Text(dataset.asked)
+  return tasks.Images(
+      dataset.num_classes, _pixels(config, 'pixel_mean', dataset.mean),
+      _pixels(config, 'pixel_std', dataset.std))
+
+
+def _model(config, make_model, task, given):
+  """The model, told what it has to know of the task."""
+  known = bpjax.inputs.names(make_model)
+  model = make_model(
+      **{k: v for k, v in task.facts.items() if k in known} | given)
+  reads = (
+      'tokens' if 'tokens' in bpjax.inputs.names(model.__call__) else 'images')
+  if reads != task.reads:
+    raise ValueError(
+        f'`model` {config.model!r} reads {reads}, and `dataset` '
+        f'{config.dataset!r} is one of {task.reads}; choose another of the two.')
+  return model
+
+
 def _is_unit(globs, module):
   """Whether a module is a unit as a whole."""
   path = '/'.join(module.scope.path)
@@ -304,9 +351,8 @@ def _alignment_batch(config, dataset, feed, mesh):
         f'`alignment_split` is {config.alignment_split!r}, which holds no whole '
         f'batch of {config.batch_size}; choose another split, or set '
         '`validation`.')
-  images, labels, _ = next(
-      feed_lib.eval_batches(split, config.batch_size, mesh))
-  return images, labels
+  rows, _ = next(feed_lib.eval_batches(split, config.batch_size, mesh))
+  return rows
 
 
 def _reduction(config):
@@ -316,11 +362,20 @@ def _reduction(config):
   return by_path
 
 
-def _check_labels(net, dataset, batch_size):
+def _check_labels(config, net, dataset, task, like):
   """The number of the model's outputs, which every label has to be below."""
-  x = jax.ShapeDtypeStruct((batch_size, *dataset.image_shape), np.float32)
-  variables = jax.eval_shape(net.init, jax.random.key(0), x)
-  output = jax.eval_shape(net.apply, variables, x)
+  zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+  output = jax.eval_shape(lambda: net.apply(
+      net.init(jax.random.key(0), task.inputs(zeros())), task.inputs(zeros())))
+  if output.shape[:-1] != like.labels.shape:
+    kinds = {1: 'one answer an example', 2: 'one answer a token'}
+    wanted, got = (
+        kinds.get(n, f'answers of {n} axes')
+        for n in (like.labels.ndim, output.ndim - 1))
+    unlabelled = ', a set without labels,' if like.labels.ndim > 1 else ''
+    raise ValueError(
+        f'`dataset` {dataset.name!r}{unlabelled} asks for {wanted}, and `model` '
+        f'{config.model!r} gives {got}; choose another of the two.')
   for split in (dataset.train, dataset.validation, dataset.test):
     if split is None:
       continue
@@ -357,24 +412,25 @@ def _compile(config, learner, feed, like):
         out_shardings=(places, everywhere)).lower(like, data, first, first)
 
   most = _most_steps(config, feed, lower)
-  pixels = feed.fixed_batch[0].dtype
   size = feed_lib.eval_batch_size(config.eval_batch_size, learner.mesh)
-  shape = lambda n, dtype, *rest: jax.ShapeDtypeStruct(
-      (n, *rest), dtype, sharding=batch)
-  image = learner.input_shape[1:]
+
+  def rows(n):
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(
+            (n, *x.shape[1:]), x.dtype, sharding=batch), learner.like)
+
+  mask = jax.ShapeDtypeStruct((size,), np.bool_, sharding=batch)
   programs = {
       'init': jax.jit(learner.init, out_shardings=places),
       'steps': lower(most).compile(),
       'evaluate': jax.jit(learner.evaluate).lower(
-          like.params, like.model_state, shape(size, pixels, *image),
-          shape(size, np.int32), shape(size, np.bool_)).compile(),
+          like.params, like.model_state, rows(size), mask).compile(),
       'is_finite': jax.jit(step_lib.is_finite).lower(like).compile(),
   }
   if config.alignment_every:
-    n = config.batch_size
     programs['align'] = jax.jit(
         learner.align, out_shardings=everywhere).lower(
-            like, shape(n, pixels, *image), shape(n, np.int32)).compile()
+            like, rows(config.batch_size)).compile()
   return most, programs
 
 
@@ -416,12 +472,8 @@ def _report(run, state, step, speed):
   lines = []
   epoch_ends = step % run.feed.steps_per_epoch == 0
   if epoch_ends or run.is_due('log_every', step):
-    window = jax.device_get(state.window)
-    examples = (
-        window.steps * run.config.batch_size * run.learner.views)
-    lines.append(_line(
-        run, step, 'train', loss=window.loss / window.steps,
-        accuracy=window.correct / examples))
+    lines.append(_line(run, step, 'train', **run.learner.task.metrics(
+        jax.device_get(state.window))))
     state = state._replace(window=jax.device_put(
         step_lib.empty_window(), jax.tree.map(
             lambda x: x.sharding, run.like.window)))
@@ -432,16 +484,23 @@ def _report(run, state, step, speed):
     for name in ('validation', 'test'):
       split = getattr(run.dataset, name)
       if split is not None:
-        loss, accuracy = evaluate(run, state, split)
-        lines.append(_line(run, step, name, loss=loss, accuracy=accuracy))
+        measured = evaluate(run, state, split)
+        lines.append(_line(run, step, name, **measured))
+        if name == 'validation' and run.config.schedule == 'plateau':
+          state = state._replace(opt_state=jax.device_put(
+              optimizer.after_epoch(
+                  run.config, state.opt_state, measured['loss']),
+              jax.tree.map(lambda x: x.sharding, run.like.opt_state)))
   if lines:
     run.folder.record(lines)
   for line in lines:
     if 'loss' in line:
+      numbers = ' '.join(
+          f'{name.replace("_", " ")} {value:.4f}'
+          for name, value in line.items() if isinstance(value, float))
       run.folder.log(
           f'step {step}/{run.total_steps} epoch {line["epoch"]} '
-          f'{line["split"]} loss {line["loss"]:.4f} accuracy '
-          f'{line["accuracy"]:.4f} ({speed})')
+          f'{line["split"]} {numbers} ({speed})')
   return state
 
 
@@ -453,7 +512,7 @@ def _line(run, step, split, **values):
 
 def _alignment(run, state, step):
   units = jax.device_get(
-      run.programs['align'](state, *run.alignment_batch))
+      run.programs['align'](state, run.alignment_batch))
   return [
       _line(run, step, 'alignment', **values._asdict()) | {'unit': unit}
       for unit, values in units.items()]

@@ -19,7 +19,8 @@ class Workdir:
   """One run's folder. Used as a context manager.
 
   Files: `config.json`, `metrics.jsonl` (one object a line), `summary.json`
-  (once the run is finished), `log.txt` and the folder `checkpoints`.
+  (once the run is finished), `log.txt`, of texts `tokenizer.json`, and the folder
+  `checkpoints`.
   """
 
   def __init__(self, path: str):
@@ -88,6 +89,23 @@ class Workdir:
       self._write('config.json', _pretty(config))
     except OSError as error:
       raise _not_writable(self.path, error) from error
+
+  def keep(self, name: str, text: str) -> None:
+    """Keeps a text that a run has to find again when it goes on.
+
+    Raises:
+      ValueError: if the folder holds another one.
+    """
+    try:
+      with open(self._file(name), encoding='utf-8') as file:
+        held = file.read()
+    except FileNotFoundError:
+      self._write(name, text)
+      return
+    if held != text:
+      raise ValueError(
+          f'`workdir` {self.path!r} holds another {name} than this run makes, '
+          'so its data are others; choose another folder.')
 
   def summary(self) -> dict[str, Any] | None:
     """The summary of a run that is finished, else None."""

@@ -11,7 +11,6 @@ import time
 import warnings
 
 from absl.testing import parameterized
-from array_record.python import array_record_module
 from experiments import data
 from experiments import decoded
 from experiments import prepared
@@ -22,7 +21,7 @@ from PIL import Image
 import pytest
 from sklearn import datasets as sklearn_datasets
 import tensorflow_datasets as tfds
-from tensorflow_datasets.proto import tf_example_pb2
+import written_sets
 
 _TRAIN, _TEST, _CLASSES = 37, 11, 100
 _REAL = pytest.mark.skipif(
@@ -40,16 +39,6 @@ def _label(index):
   return (7 * index) % _CLASSES
 
 
-def _record(features):
-  example = tf_example_pb2.Example()
-  for name, value in features.items():
-    if isinstance(value, int):
-      example.features.feature[name].int64_list.value.append(value)
-    else:
-      example.features.feature[name].bytes_list.value.append(value)
-  return example.SerializeToString()
-
-
 def _png(pixels):
   buffer = io.BytesIO()
   Image.fromarray(pixels).save(buffer, 'PNG')
@@ -57,31 +46,21 @@ def _png(pixels):
 
 
 def _write_split(folder, name, split, count, size, label):
-  stem = f'{name.split("/")[0]}-{split}'
-  path = folder / f'{stem}.array_record-00000-of-00001'
-  writer = array_record_module.ArrayRecordWriter(str(path), 'group_size:1')
-  for i in range(count):
-    # A size that is not fixed varies from image to image.
-    shape = size or (40 + i % 5, 50)
-    writer.write(_record({
-        'id': f'{split}_{i}'.encode(), 'coarse_label': i % 20,
-        'label': label(i), 'image': _png(_pixels(split, i, shape))}))
-  writer.close()
-  return {
-      'filepathTemplate': '{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}',
-      'name': split, 'numBytes': str(path.stat().st_size),
-      'shardLengths': [str(count)]}
+  # A size that is not fixed varies from image to image.
+  return written_sets.write_split(folder, name, split, [
+      {'id': f'{split}_{i}'.encode(), 'coarse_label': i % 20,
+       'label': label(i),
+       'image': _png(_pixels(split, i, size or (40 + i % 5, 50)))}
+      for i in range(count)])
 
 
 def _features(size):
   core = 'tensorflow_datasets.core.features.'
-  classes = lambda n: {
-      'classLabel': {'numClasses': str(n)},
-      'pythonClassName': core + 'class_label_feature.ClassLabel'}
+  classes = written_sets.label
   dimensions = [str(d) for d in (*(size or (-1, -1)), 3)]
   return {
       'featuresDict': {'features': {
-          'id': {'pythonClassName': core + 'text_feature.Text', 'text': {}},
+          'id': written_sets.TEXT,
           'image': {
               'image': {
                   'dtype': 'uint8', 'shape': {'dimensions': dimensions}},
@@ -338,12 +317,15 @@ def test_a_missing_directory_is_named(tmp_path, no_tfds):
   assert f'{tmp_path / "nowhere"}, which does not exist' in message
 
 
-def test_a_text_set_is_refused(tmp_path, no_tfds):
+def test_a_set_of_neither_images_nor_texts_is_refused(tmp_path, no_tfds):
   folder = _write_cifar100(tmp_path, name='glue/sst2')
   features = json.loads((folder / 'features.json').read_text())
   del features['featuresDict']['features']['image']
   (folder / 'features.json').write_text(json.dumps(features))
-  assert 'must be an image classification set' in _message(
+  assert 'it has id' in _message('glue/sst2', tmp_path)
+  del features['featuresDict']['features']['id']
+  (folder / 'features.json').write_text(json.dumps(features))
+  assert 'must hold images with one ClassLabel, or texts' in _message(
       'glue/sst2', tmp_path)
   assert 'glue/sst2' in _message('glue', tmp_path)
 

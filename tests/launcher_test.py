@@ -114,6 +114,11 @@ def _ready(config, path):
     return train.setup(config, folder)
 
 
+def _rows(run, count):
+  """The first training examples."""
+  return jax.tree.map(lambda x: jnp.asarray(x[:count]), run.dataset.train)
+
+
 def _restore(like, path):
   """The step and the state of a run's newest checkpoint."""
   with checkpoint.Checkpoints(
@@ -250,9 +255,7 @@ class RunFolderTest(parameterized.TestCase):
       run = _ready(_config(
           optimizer='sgd', reduction_by_path=by_path), self.tmp / str(i))
       before = jax.jit(run.learner.init)()
-      images = jnp.asarray(run.dataset.train.images[:64])
-      labels = jnp.asarray(run.dataset.train.labels[:64])
-      after, _ = jax.jit(run.learner.step)(before, images, labels)
+      after, _ = jax.jit(run.learner.step)(before, _rows(run, 64))
       for unit in ('Dense_0', 'Dense_1'):
         moved.setdefault(unit, []).append(
             after.params[unit]['kernel'] - before.params[unit]['kernel'])
@@ -265,9 +268,7 @@ class RunFolderTest(parameterized.TestCase):
     run = _ready(_config(
         rule='feedback_alignment', bottleneck=(('Dense_0', 3),)), self.tmp)
     before = jax.jit(run.learner.init)()
-    after, _ = jax.jit(run.learner.step)(
-        before, jnp.asarray(run.dataset.train.images[:64]),
-        jnp.asarray(run.dataset.train.labels[:64]))
+    after, _ = jax.jit(run.learner.step)(before, _rows(run, 64))
     change = after.params['Dense_0']['bias'] - before.params['Dense_0']['bias']
     assert np.count_nonzero(change) == 3
 
@@ -280,25 +281,24 @@ class RunFolderTest(parameterized.TestCase):
       own = getattr(run.dataset, split)
       assert np.array_equal(labels, own.labels[:64]) == (split != 'train')
       assert images.shape == (64, 8, 8, 1)
-    np.testing.assert_array_equal(run.learner.mean, [.5])
-    np.testing.assert_array_equal(run.learner.std, [2.])
+    np.testing.assert_array_equal(run.learner.task.mean, [.5])
+    np.testing.assert_array_equal(run.learner.task.std, [2.])
 
   def test_noise_on_inputs_is_a_function_of_seed_and_step(self):
     runs = {
         noise: _ready(_config(input_noise=noise), self.tmp / str(noise))
         for noise in (0., .5)}
     run = runs[0.]
-    images = jnp.asarray(run.dataset.train.images[:64])
-    labels = jnp.asarray(run.dataset.train.labels[:64])
+    batch = images, labels = _rows(run, 64)
     before = jax.jit(run.learner.init)()
     _assert_same(before, jax.jit(runs[.5].learner.init)())
     plain, noisy = (jax.jit(r.learner.step) for r in runs.values())
-    one, loss = noisy(before, images, labels)
-    same, _ = noisy(before, images, labels)
+    one, loss = noisy(before, batch)
+    same, _ = noisy(before, batch)
     _assert_same(one, same)
-    _, later = noisy(before._replace(step=jnp.int32(1)), images, labels)
+    _, later = noisy(before._replace(step=jnp.int32(1)), batch)
     assert len({float(loss), float(later),
-                float(plain(before, images, labels)[1])}) == 3
+                float(plain(before, batch)[1])}) == 3
     # The loss of the first step, from the noise's own definition.
     *_, key = jax.random.split(jax.random.key(0), 5)
     noise = jax.random.normal(jax.random.fold_in(key, 0), images.shape)
@@ -308,7 +308,7 @@ class RunFolderTest(parameterized.TestCase):
         loss, run.learner.loss(output, labels).mean(), rtol=1e-5)
     mask = np.ones(64, bool)
     for a, b in zip(*(
-        r.learner.evaluate(before.params, {}, images, labels, mask)
+        r.learner.evaluate(before.params, {}, batch, mask)
         for r in runs.values()), strict=True):
       assert a == b
 
@@ -372,7 +372,8 @@ class RunFolderTest(parameterized.TestCase):
     twice = before
     for _ in range(2):
       twice, _ = jax.jit(run.learner.step)(
-          twice, data['image'][index], data['label'][index], jnp.asarray(index))
+          twice, jax.tree.map(lambda x: x[index], data['rows']),
+          jnp.asarray(index))
     assert not np.any(jax.tree.leaves(before.particles)[0])
     moved = np.flatnonzero(np.any(
         np.asarray(jax.tree.leaves(twice.particles)[0]) != 0, axis=1))
@@ -510,7 +511,7 @@ def _stream():
   examples = [
       (PIL.Image.fromarray(image), int(i % 10))
       for i, image in enumerate(images)]
-  stream = data_lib.Stream(
+  stream = data_lib.ImageStream(
       examples, num_classes=10, image_size=8, channels=1, num_threads=2)
   return data_lib.Dataset(
       'fake', 10, (8, 8, 1), stream, None, stream.select(np.arange(99)),
@@ -916,8 +917,10 @@ class AugmentTest(parameterized.TestCase):
         pixel_mean=(.5,), pixel_std=(.25,))
     learner = _ready(config, self.tmp / 'ready').learner
     images = np.arange(64 * 64, dtype=np.int32).reshape(64, 8, 8, 1) % 251
-    x, labels = jax.jit(learner._augmented)(
-        jax.random.key(0), images.astype(np.uint8), np.arange(64))
+    batch = jax.jit(learner._augmented)(
+        jax.random.key(0),
+        data_lib.Split(images.astype(np.uint8), np.arange(64)))
+    x, labels = learner.task.inputs(batch), batch.labels
     np.testing.assert_array_equal(labels, np.arange(64))
     scaled = (images / 255 - .5) / .25
     flipped = [
@@ -935,7 +938,9 @@ class AugmentTest(parameterized.TestCase):
     noting = dataclasses.replace(learner, augment=note)
     for step in (3, 4, 3):
       with pytest.raises(LookupError):
-        noting.step(types.SimpleNamespace(step=jnp.int32(step)), images, labels)
+        noting.step(
+            types.SimpleNamespace(step=jnp.int32(step)),
+            data_lib.Split(images, np.arange(64)))
     assert keys[0] == keys[2] != keys[1]
 
 

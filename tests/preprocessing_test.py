@@ -179,7 +179,7 @@ class LoadTest(parameterized.TestCase):
     np.testing.assert_array_equal(x, done.train.images.astype(np.float32))
 
   def test_a_stream_is_refused(self):
-    stream = data.Stream([], num_classes=2, image_size=8, channels=3)
+    stream = data.ImageStream([], num_classes=2, image_size=8, channels=3)
     self.patch.setattr(data, '_digits', lambda: data._Whole(
         stream, stream, 2, 'a stream'))
     self.patch.setattr(data, '_hold_out', lambda *a: (None, None))

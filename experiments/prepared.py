@@ -6,8 +6,9 @@ there, and whether it can be read, is known without TFDS and at once: TFDS
 itself would try the network for minutes before it says that a set is missing.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import difflib
+import hashlib
 import importlib
 import io
 import json
@@ -23,6 +24,11 @@ KNOWN = (
 _VERSION = re.compile(r'\d+\.\d+\.\d+')
 _NAME = re.compile(
     r'(?P<path>\w+(/[\w.+-]+)?)(:(?P<version>\d+\.\d+\.\d+))?')
+# The classes that a features.json may name. TFDS imports whatever it finds there.
+_FEATURE = re.compile(r'tensorflow_datasets\.core\.features\.\w+\.\w+')
+_FORMATS = ('JPEG', 'PNG')  # What TFDS stores; Pillow runs programs for others.
+_HASHED_BYTES = 2**30  # Of a larger set the ends of its files alone are.
+_END_BYTES = 2**16
 # Their published test split has no labels (all -1).
 _UNLABELLED_TEST = frozenset({'imagenet2012', 'imagenet2012_subset'})
 
@@ -40,7 +46,8 @@ class Prepared(NamedTuple):
     label_key: name of the ClassLabel feature.
     image_shape: (height, width, channels), None where a size varies.
     num_classes: classes of the ClassLabel feature.
-    fingerprint: changes when the set was prepared from other data.
+    fingerprint: changes when the set was prepared from other data, of which
+      labels are a part.
   """
 
   name: str
@@ -115,10 +122,16 @@ class Examples:
     """How the first image is stored: 'PNG' or 'JPEG'."""
     return self._open(self._source[0]).format
 
+  @property
+  def fingerprint(self) -> str:
+    """Of the set and the split."""
+    return f'{self._prepared.fingerprint} {self._split}'
+
   def _open(self, record: Mapping[str, Any]) -> Any:
     from PIL import Image
 
-    return Image.open(io.BytesIO(record[self._prepared.image_key]))
+    return Image.open(
+        io.BytesIO(record[self._prepared.image_key]), formats=_FORMATS)
 
   def _damaged(self, what: str, error: Exception) -> ValueError:
     return ValueError(
@@ -284,15 +297,23 @@ def _describe(name: str, folder: pathlib.Path) -> Prepared:
   try:
     info = json.loads((folder / 'dataset_info.json').read_text('utf-8'))
     features = json.loads((folder / 'features.json').read_text('utf-8'))
+    classes = sorted(set(_classes(features)))
     splits = {
         split['name']: sum(map(int, split.get('shardLengths', ())))
         for split in info.get('splits', ())}
     features = features.get('featuresDict', {}).get('features', {})
-  except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+  except (OSError, ValueError, KeyError, TypeError, AttributeError,
+          RecursionError) as error:
     raise ValueError(
         f'`dataset` {name!r} must have a readable dataset_info.json and '
         f'features.json in {folder}, got {type(error).__name__}: {error}; '
         'prepare it again') from error
+  for feature in classes:
+    if not _FEATURE.fullmatch(feature):
+      raise ValueError(
+          f'`dataset` {name!r} must have features of TFDS alone, got '
+          f'{feature!r} in {folder / "features.json"}, which is not imported; '
+          'choose another data set')
   _check_format(name, folder, info)
   image_key, label_key = _keys(name, info, features)
   image = features[image_key]['image']
@@ -308,7 +329,40 @@ def _describe(name: str, folder: pathlib.Path) -> Prepared:
       test=_test_split(name, splits), image_key=image_key, label_key=label_key,
       image_shape=shape,
       num_classes=int(features[label_key]['classLabel']['numClasses']),
-      fingerprint=json.dumps([info['splits'], features], sort_keys=True))
+      fingerprint=_fingerprint(folder, [info['splits'], features]))
+
+
+def _classes(value: Any) -> Iterator[str]:
+  """Names of classes in a features.json, also in JSON within its texts."""
+  if isinstance(value, Mapping):
+    for key, inner in value.items():
+      if not isinstance(inner, str):
+        yield from _classes(inner)
+      elif key in ('pythonClassName', 'python_class_name', 'type'):
+        yield inner
+      elif key == 'json':
+        yield from _classes(json.loads(inner))
+  elif isinstance(value, list):
+    for inner in value:
+      yield from _classes(inner)
+
+
+def _fingerprint(folder: pathlib.Path, description: Any) -> str:
+  """A hash of what a set says of itself, and of its examples' files."""
+  files = sorted(folder.glob('*.array_record*'))
+  whole = sum(file.stat().st_size for file in files) <= _HASHED_BYTES
+  digest = hashlib.blake2b(
+      json.dumps(description, sort_keys=True).encode(), digest_size=16)
+  for path in files:
+    digest.update(f'{path.name} {path.stat().st_size}'.encode())
+    with path.open('rb') as file:
+      if whole:
+        digest.update(hashlib.file_digest(file, 'blake2b').digest())
+        continue
+      digest.update(file.read(_END_BYTES))
+      file.seek(max(path.stat().st_size - _END_BYTES, 0))
+      digest.update(file.read())
+  return digest.hexdigest()
 
 
 def _check_format(name: str, folder: pathlib.Path, info: Mapping) -> None:

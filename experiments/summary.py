@@ -29,8 +29,13 @@ def summarise(
   if isinstance(split, data_lib.Stream):
     split = split.select(np.arange(min(len(split), _STREAMED_TRAIN_EXAMPLES)))
   train_loss, train_accuracy = train.evaluate(run, state, split)
+  first_loss, _ = train.evaluate(run, run.programs['init'](), split)
   last = [m for m in run.folder.metrics() if m['step'] == run.total_steps]
-  results = {'train_accuracy': train_accuracy, 'train_loss': train_loss}
+  results = {
+      'train_accuracy': train_accuracy, 'train_loss': train_loss,
+      'first_train_loss': first_loss,
+      # Also where one of them is not a number.
+      'diverged': not train_loss <= first_loss}
   for name in ('test', 'validation'):
     line = next((m for m in last if m['split'] == name), {})
     for value in ('accuracy', 'loss'):

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import contextlib
+import errno
+import hashlib
 import os
-import shutil
+import re
 import sys
 from typing import Any
 
+from absl import logging
 from bpjax import paths
+from experiments import workdir
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
 _DIGEST = 'digest'
+_ITEM = 'default'  # Orbax's name for what a checkpoint holds.
+_DAMAGE = (
+    AttributeError, EOFError, FileNotFoundError, IndexError, IsADirectoryError,
+    KeyError, NotADirectoryError, TypeError, ValueError)
 
 
 class Checkpoints:
@@ -23,8 +31,8 @@ class Checkpoints:
 
   A checkpoint is written in the background under another name and renamed when
   it is whole, so a killed process leaves none that is half written. Each holds
-  a digest of its arrays: orbax itself reads some damaged files without
-  complaint (a flipped bit in a data file gives other numbers).
+  a digest of its arrays, its step and its run: orbax itself reads some damaged
+  files without complaint (a flipped bit in a data file gives other numbers).
 
   Example:
     >>> with Checkpoints('run/checkpoints', keep=2, warn=print) as checkpoints:
@@ -32,125 +40,220 @@ class Checkpoints:
   """
 
   def __init__(
-      self, directory: str, keep: int, warn: Callable[[str], None]):
-    """Opens the directory, which need not exist.
+      self, directory: str, keep: int, warn: Callable[[str], None],
+      identity: str = ''):
+    """Reads and writes nothing yet.
 
     Args:
       directory: where the checkpoints lie, one folder per step.
       keep: how many of the newest to keep.
-      warn: called with one sentence for every checkpoint that is damaged.
+      warn: called with one sentence for every checkpoint that cannot be used.
+      identity: tells this run's checkpoints from another's; '': not compared.
     """
     self._directory = os.path.abspath(directory)
-    self._warn = warn
-    self._manager = ocp.CheckpointManager(
-        self._directory,
-        options=ocp.CheckpointManagerOptions(
-            max_to_keep=keep, cleanup_tmp_directories=True))
+    self._keep, self._warn = keep, warn
+    words = hashlib.blake2b(identity.encode(), digest_size=8).digest()
+    self._identity = np.frombuffer(words, np.uint32)
+    self._compare = bool(identity)
+    self._manager = None
 
   def __enter__(self) -> Checkpoints:
+    _silence_late_complaints()
     return self
 
-  def __exit__(self, *error):
-    self.close()
+  def __exit__(self, kind, error, traceback):
+    try:
+      self.wait()
+    except workdir.DiskError:
+      if error is None:
+        raise
+    if self._manager is not None:
+      self._manager.close()
 
   def save(self, step: int, state: Any) -> None:
-    """Starts to save a state; its arrays may be donated afterwards."""
-    self._manager.save(
-        step, args=ocp.args.StandardSave(_with_digest(_flat(state))))
+    """Starts to save a state; its arrays may be donated afterwards.
 
-  def restore(self, like: Any) -> tuple[int, Any] | None:
-    """The newest checkpoint that is whole.
+    Raises:
+      DiskError: if this one, or the one before, cannot be written.
+    """
+    flat = _flat(state)
+    flat[_DIGEST] = np.append(
+        _digest(flat), np.uint32([step, *self._identity]))
+    with self._writing():
+      if self._manager is None:
+        self._manager = ocp.CheckpointManager(
+            self._directory, options=ocp.CheckpointManagerOptions(
+                max_to_keep=self._keep, cleanup_tmp_directories=True,
+                lightweight_initialize=True))
+      self._manager.save(step, args=ocp.args.StandardSave(flat))
 
-    Newer ones, which are damaged, are named in a warning and removed, since the
-    run is going to write them again.
+  def restore(
+      self, like: Any, problem: Callable[[int], str] = lambda step: ''
+  ) -> tuple[int, Any] | None:
+    """The newest checkpoint that can be used.
+
+    Newer ones are named in a warning and set aside, since the run is going to
+    write them again, and so is whatever else has a checkpoint's name.
 
     Args:
       like: the state as ShapeDtypeStructs that carry shardings.
+      problem: says why the checkpoint of a step cannot be used; '' if it can.
 
     Returns:
       The step and the state, or None where there is no checkpoint.
 
     Raises:
-      ValueError: if there are checkpoints, but none that can be used.
+      ValueError: if there are checkpoints, but none that can be used. Then
+        nothing is changed.
+      DiskError: if they cannot be read for another reason than damage.
     """
-    with _without_late_complaints():
-      return self._newest(like)
+    return self._newest(like, problem)
 
   def wait(self) -> None:
-    """Waits until everything is written."""
-    self._manager.wait_until_finished()
+    """Waits until everything is written.
 
-  def close(self) -> None:
-    """Waits, and lets go of the directory."""
-    self._manager.wait_until_finished()
-    self._manager.close()
+    Raises:
+      DiskError: if it cannot be written.
+    """
+    if self._manager is not None:
+      with self._writing():
+        self._manager.wait_until_finished()
 
-  def _newest(self, like):
-    steps = sorted(self._manager.all_steps(), reverse=True)
-    damaged = []
+  @contextlib.contextmanager
+  def _writing(self):
+    try:
+      yield
+    # The first two are tensorstore's, for a disk that is full.
+    except (ValueError, RuntimeError, OSError) as error:
+      raise workdir.disk_error(
+          f'a checkpoint in {self._directory} cannot be written',
+          _os_error(error)[1]) from error
+
+  def _newest(self, like, problem):
+    steps, strange = self._steps()
+    unusable = {}
     for step in steps:
-      folder = os.path.join(self._directory, str(step))
-      problem, state = self._read(step, like)
-      if not problem:
-        for other in damaged:
-          shutil.rmtree(other)
-        self._manager.reload()
+      text, state = problem(step), None
+      if not text:
+        text, state = self._read(step, like)
+      if not text:
+        self._set_aside(unusable | strange)
         return step, state
-      self._warn(f'checkpoint {folder} is damaged ({problem}) and not used.')
-      damaged.append(folder)
+      unusable[self._path(step)] = text
+    for path, text in unusable.items():
+      self._warn(f'checkpoint {path} {text} and is not used')
     if steps:
       raise ValueError(
           f'`workdir` has {len(steps)} checkpoints and none that this program '
-          f'can use; remove {self._directory} to train from the start.')
+          f'can use; move {self._directory} elsewhere to train from the start.')
+    self._set_aside(strange)
     return None
+
+  def _set_aside(self, problems):
+    for path, text in problems.items():
+      workdir.set_aside(path, text, self._warn, 'checkpoint ')
+
+  def _steps(self):
+    """Steps with a folder, newest first; and path -> problem of other things.
+    """
+    steps, strange = [], {}
+    if os.path.islink(self._directory):
+      raise ValueError(
+          f'{self._directory} is a symbolic link, which is not followed; put '
+          'the folder itself there, or choose another `workdir`.')
+    with workdir.disk(f'{self._directory} cannot be made or read'):
+      os.makedirs(self._directory, exist_ok=True)
+      names = os.listdir(self._directory)
+    for name in names:
+      path = os.path.join(self._directory, name)
+      if not re.fullmatch(r'[0-9]+(\..*tmp.*)?', name):
+        continue
+      if os.path.islink(path) or not os.path.isdir(path):
+        strange[path] = 'is no folder'
+      elif name.isdigit():
+        if (os.path.isdir(os.path.join(path, _ITEM))
+            and name == str(int(name))):
+          steps.append(int(name))
+        else:
+          strange[path] = 'is empty or none of a run'
+    return sorted(steps, reverse=True), strange
+
+  def _path(self, step):
+    return os.path.join(self._directory, str(step))
 
   def _read(self, step, like):
     flat = _flat(like)
     mesh = next(iter(flat.values())).sharding.mesh
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     wanted = flat | {_DIGEST: jax.ShapeDtypeStruct(
-        (len(flat),), jnp.uint32, sharding=everywhere)}
+        (len(flat) + 3,), jnp.uint32, sharding=everywhere)}
+    self._check_readable(step)
     try:
-      found = self._manager.restore(step, args=ocp.args.StandardRestore(wanted))
-    except Exception as error:  # pylint: disable=broad-exception-caught
-      # What a damaged file raises is orbax's and tensorstore's own affair:
-      # ValueError, JSONDecodeError, UnicodeDecodeError and bare Exception
-      # were all seen.
-      return f'{type(error).__name__} while it was read', None
-    digest = found.pop(_DIGEST)
-    if not np.array_equal(digest, _digest(found)):
-      return 'its numbers are not those that were saved', None
+      with ocp.StandardCheckpointer() as reader:
+        found = reader.restore(os.path.join(self._path(step), _ITEM), wanted)
+    except Exception as error:
+      # What a damaged file raises is orbax's and tensorstore's own affair.
+      # Whatever else there is, such as too little memory, says nothing of it.
+      if type(error) is not Exception and not isinstance(error, _DAMAGE):
+        raise
+      number, text = _os_error(error)
+      if number not in (0, errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
+        raise workdir.disk_error(
+            f'{self._path(step)} cannot be read', text) from error
+      return f'is damaged ({type(error).__name__} while it was read)', None
+    digest = np.asarray(found.pop(_DIGEST))
+    if not np.array_equal(digest[:len(flat)], _digest(found)):
+      return 'is damaged (its numbers are not those that were saved)', None
+    if self._compare and not np.array_equal(digest[-2:], self._identity):
+      return 'is of a run with another config', None
+    if digest[-3] != step:
+      return f'is of step {digest[-3]}', None
     leaves = [found[name] for name in flat]
     return '', jax.tree.unflatten(jax.tree.structure(like), leaves)
 
+  def _check_readable(self, step):
+    """Raises DiskError for a file that is there and may not be read."""
+    for folder, _, files in os.walk(self._path(step)):
+      for name in files:
+        path = os.path.join(folder, name)
+        with workdir.disk(f'{path} cannot be read'):
+          os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
 
-@contextlib.contextmanager
-def _without_late_complaints():
-  """Silences reads that end after the one that failed, and that nobody awaits.
 
-  Each would print "Event loop is closed" with a traceback.
+def _silence_late_complaints():
+  """Keeps orbax from printing what it raises as well.
+
+  Reads and writes that end after one that failed, which nobody awaits, would
+  each print "Event loop is closed" with a traceback, at any later time.
   """
   before = sys.unraisablehook
+  if getattr(before, 'silences', False):
+    return
 
   def hook(unraisable):
     if 'Event loop is closed' not in str(unraisable.exc_value):
       before(unraisable)
 
+  hook.silences = True
   sys.unraisablehook = hook
-  try:
-    yield
-  finally:
-    sys.unraisablehook = before
+  logging.get_absl_logger().addFilter(
+      lambda record: 'orbax' not in record.pathname)
+
+
+def _os_error(error):
+  """The number and the text of an OSError, also where tensorstore tells it."""
+  if isinstance(error, OSError):
+    return error.errno or 0, error.strerror or str(error)
+  found = re.search(r"os_error_code='(\d+)'", str(error))
+  if found:
+    return int(found[1]), os.strerror(int(found[1]))
+  return 0, ' '.join(str(error).split())[:200] or type(error).__name__
 
 
 def _flat(state):
   """Leaf name -> leaf: no state class, None or empty dict reaches orbax."""
   names = [name.replace('/', '.') for name in paths.leaf_names(state)]
   return dict(zip(names, jax.tree.leaves(state), strict=True))
-
-
-def _with_digest(flat):
-  return flat | {_DIGEST: _digest(flat)}
 
 
 @jax.jit

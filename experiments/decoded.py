@@ -6,6 +6,7 @@ whole or not at all, however many processes write it at once.
 """
 
 from collections.abc import Callable, Mapping
+import hashlib
 import logging
 import os
 import pathlib
@@ -157,6 +158,7 @@ def read_cache(path: pathlib.Path) -> Decoded | None:
 
 
 def _from_file(file):
+  """A `Decoded`; ValueError where its arrays are not those that were written."""
   splits = [
       Split(file[f'{split}_images'], file[f'{split}_labels'])
       for split in ('train', 'test')]
@@ -165,9 +167,22 @@ def _from_file(file):
       raise ValueError(f'shapes {images.shape} and {labels.shape}')
     if images.dtype != np.uint8 or labels.dtype != np.int32:
       raise ValueError(f'dtypes {images.dtype} and {labels.dtype}')
-  return Decoded(
+  found = Decoded(
       *splits, int(file['num_classes']), str(file['encoding']),
       str(file['fingerprint']))
+  if str(file['digest']) != _digest(found):
+    raise ValueError('its arrays are not those that were written')
+  return found
+
+
+def _digest(decoded):
+  """A hash of images, labels and all that is said of them."""
+  digest = hashlib.blake2b(repr(decoded[2:]).encode(), digest_size=16)
+  for split in (decoded.train, decoded.test):
+    for array in split:
+      digest.update(repr(array.shape).encode())
+      digest.update(np.ascontiguousarray(array))
+  return digest.hexdigest()
 
 
 def read_arrays(
@@ -211,7 +226,7 @@ def write_cache(path: pathlib.Path, cached: Decoded) -> None:
       'train_images': cached.train.images, 'train_labels': cached.train.labels,
       'test_images': cached.test.images, 'test_labels': cached.test.labels,
       'num_classes': cached.num_classes, 'encoding': cached.encoding,
-      'fingerprint': cached.fingerprint})
+      'fingerprint': cached.fingerprint, 'digest': _digest(cached)})
 
 
 def write_arrays(path: pathlib.Path, arrays: Mapping[str, Any]) -> None:

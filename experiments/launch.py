@@ -1,23 +1,32 @@
 """One run from config to exit code.
 
-0: finished, or stopped by SIGTERM with everything saved. 2: refused, with one
-sentence. 3: a loss or a weight was not finite. 130: stopped by Ctrl-C, saved.
+  0  finished; or stopped by SIGTERM or SIGHUP, and the same command goes on
+  2  refused, with one sentence; nothing was changed
+  3  a loss, a weight or feedback was not finite
+  4  the disk, the folder or standard output could not be written to or read;
+     once they can, the same command goes on
+130  stopped by Ctrl-C, and the same command goes on
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import sys
 import time
 
 from experiments import checkpoint
 from experiments import config as config_lib
+from experiments import environment
 from experiments import progress
+from experiments import streams
 from experiments import summary as summary_lib
 from experiments import train
 from experiments import workdir as workdir_lib
 import ml_collections
+
+
+class _Refused(Exception):
+  """What was asked for cannot be done; a ValueError raised later is a bug."""
 
 
 def launch(
@@ -42,62 +51,82 @@ def launch(
   """
   begin = time.perf_counter()
   with contextlib.ExitStack() as stack:
-    stopper = stack.enter_context(progress.Stopper())
-    say = _error
+    complain = streams.complain
     try:
-      try:
+      stopper = stack.enter_context(progress.Stopper())
+      with _refusing():
         folder = stack.enter_context(workdir_lib.Workdir(workdir))
-        say = folder.log
-        ready = _prepare(config, folder, stack)
-      except ValueError as error:  # Refused; one raised later is a bug.
-        say(f'error: {error}')
-        return 2
-      if ready is not None:
-        _run(*ready, stopper, begin)
+      complain, stopper.say = folder.complain, folder.urgent
+      _finish(config, folder, stopper, begin)
+      if not quiet:
+        failure = streams.put(
+            'stdout', json.dumps(folder.summary(), indent=2))
+        if failure:
+          complain(f'error: stdout cannot be written to ({failure}); the '
+                   f'summary is in {folder.path}.')
+          return streams.DISK_ERROR
+    except _Refused as error:
+      complain(f'error: {error}')
+      return 2
     except train.NonFiniteError as error:
-      say(f'error: {error}')
+      complain(f'error: {error}')
       return 3
+    except workdir_lib.DiskError as error:
+      complain(f'error: {error}')
+      return streams.DISK_ERROR
     except progress.Interrupted as error:
-      say(f'stopped by {error.signal}; the same command goes on from here')
+      complain(progress.STOPPED.format(error.signal))
       return error.exit_code
-    if not quiet:
-      print(json.dumps(folder.summary(), indent=2))
-    return 0
+  return 0
+
+
+@contextlib.contextmanager
+def _refusing():
+  try:
+    yield
+  except ValueError as error:
+    raise _Refused(str(error)) from error
+
+
+def _finish(config, folder, stopper, begin):
+  """Does what is left of a run; nothing where it is finished."""
+  with contextlib.ExitStack() as stack:
+    with _refusing():
+      ready = _prepare(config, folder, stack)
+    if ready is None:
+      return
+    run, checkpoints, state, step = ready
+    state, seconds = train.train(run, checkpoints, state, step, stopper)
+  summary = summary_lib.summarise(
+      run, state, seconds, wall_time=time.perf_counter() - begin)
+  folder.finish(summary)
+  accuracies = (
+      f'test accuracy {summary["test_accuracy"]:.4f}, train accuracy '
+      f'{summary["train_accuracy"]:.4f}')
+  folder.log(f'finished: {accuracies}' if not summary['diverged'] else (
+      f'finished, but diverged: the train loss is {summary["train_loss"]:.4g}, '
+      f'and was {summary["first_train_loss"]:.4g} before the first step; '
+      f'{accuracies}; try a smaller `learning_rate`, or `clip_norm`'))
 
 
 def _prepare(config, folder, stack):
-  """What `_run` needs; None for a run that is finished."""
+  """What training needs; None for a run that is finished."""
   values = config_lib.to_json(config)
   folder.check(values)
+  folder.check_environment(environment.settings())
   if folder.summary() is not None:
     folder.log(f'{folder.path} is finished; nothing to do')
     return None
   run = train.setup(config, folder)
-  folder.claim(values)
+  surroundings = environment.describe(run.dataset)
+  folder.check_environment(surroundings)
+  folder.claim(values, surroundings)
   if run.dataset.tokenizer:
     folder.keep('tokenizer.json', run.dataset.tokenizer)
   folder.log(run.dataset.source)
   for unit, rule in run.units.items():
     folder.log(f'{unit}: {rule}')
   checkpoints = stack.enter_context(checkpoint.Checkpoints(
-      folder.checkpoints, config.keep_checkpoints,
-      warn=lambda message: folder.log(f'warning: {message}')))
+      folder.checkpoints, config.keep_checkpoints, warn=folder.warn,
+      identity=folder.identity))
   return run, checkpoints, *train.start(run, checkpoints)
-
-
-def _run(run, checkpoints, state, step, stopper, begin):
-  stopper.deferred = True
-  state, seconds = train.train(run, checkpoints, state, step, stopper)
-  checkpoints.wait()
-  # Everything is saved: from here on a signal may cut in.
-  stopper.deferred = False
-  summary = summary_lib.summarise(
-      run, state, seconds, wall_time=time.perf_counter() - begin)
-  run.folder.finish(summary)
-  run.folder.log(
-      f'finished: test accuracy {summary["test_accuracy"]:.4f}, train accuracy '
-      f'{summary["train_accuracy"]:.4f}')
-
-
-def _error(message):
-  print(message, file=sys.stderr)

@@ -2,7 +2,15 @@
 
 python -m experiments.main --config=experiments/configs/quickstart.py \
     --workdir=runs/digits [--config.rule=kolen_pollack ...]
+
+Exit codes: 0, finished, or stopped by SIGTERM or SIGHUP; 2, refused; 3, a loss
+or a weight was not finite; 4, something could not be written or read; 130,
+stopped by Ctrl-C. After 0, 4 and 130 the same command goes on where it was.
 """
+
+if __name__ == '__main__':
+  from experiments import signals
+  signals.exit_quietly()  # While the rest is imported.
 
 import sys
 
@@ -11,6 +19,7 @@ from absl import flags
 from absl import logging
 from experiments import config as config_lib
 from experiments import launch
+from experiments import streams
 
 CONFIG = config_lib.define_flag()
 WORKDIR = flags.DEFINE_string('workdir', None, "The run's folder.")
@@ -22,7 +31,7 @@ def parse(argv: list[str]) -> list[str]:
   try:
     return config_lib.parse_flags(argv)
   except ValueError as error:
-    print(f'error: {error}', file=sys.stderr)
+    streams.complain(f'error: {error}')
     sys.exit(2)
 
 
@@ -33,4 +42,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  app.run(main, flags_parser=parse)
+  streams.guarded(lambda: app.run(main, flags_parser=parse))

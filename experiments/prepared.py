@@ -6,8 +6,9 @@ there, and whether it can be read, is known without TFDS and at once: TFDS
 itself would try the network for minutes before it says that a set is missing.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import difflib
+import hashlib
 import importlib
 import io
 import json
@@ -25,6 +26,11 @@ KNOWN = (
 _VERSION = re.compile(r'\d+\.\d+\.\d+')
 _NAME = re.compile(
     r'(?P<path>\w+(/[\w.+-]+)?)(:(?P<version>\d+\.\d+\.\d+))?')
+# The classes that a features.json may name. TFDS imports whatever it finds there.
+_FEATURE = re.compile(r'tensorflow_datasets\.core\.features\.\w+\.\w+')
+_FORMATS = ('JPEG', 'PNG')  # What TFDS stores; Pillow runs programs for others.
+_HASHED_BYTES = 2**30  # Of a larger set the ends of its files alone are.
+_END_BYTES = 2**16
 # Their published test split has no labels (all -1).
 _UNLABELLED_TEST = frozenset(
     {'glue', 'imagenet2012', 'imagenet2012_subset', 'super_glue'})
@@ -51,7 +57,8 @@ class Prepared(NamedTuple):
     label_key: name of the ClassLabel feature; '' where there is none.
     image_shape: (height, width, channels), None where a size varies; () of texts.
     num_classes: classes of the ClassLabel feature; 0 where there is none.
-    fingerprint: changes when the set was prepared from other data.
+    fingerprint: changes when the set was prepared from other data, of which
+      labels are a part.
     text_keys: names of the Text features of an example, one or two; () of a set
       of images.
     num_bytes: that train and test take on the disk.
@@ -116,6 +123,11 @@ class Records:
         (self._made(index, record), int(record.get(self._prepared.label_key, 0)))
         for index, record in zip(indices, records)]
 
+  @property
+  def fingerprint(self) -> str:
+    """Of the set and the split."""
+    return f'{self._prepared.fingerprint} {self._split}'
+
   def _made(self, index, record):
     """What an example is made of beside its label."""
     raise NotImplementedError
@@ -160,7 +172,8 @@ class Examples(Records):
   def _open(self, record: Mapping[str, Any]) -> Any:
     from PIL import Image
 
-    return Image.open(io.BytesIO(record[self._prepared.image_key]))
+    return Image.open(
+        io.BytesIO(record[self._prepared.image_key]), formats=_FORMATS)
 
 
 class Texts(Records):
@@ -342,15 +355,23 @@ def _describe(
   try:
     info = json.loads((folder / 'dataset_info.json').read_text('utf-8'))
     features = json.loads((folder / 'features.json').read_text('utf-8'))
+    classes = sorted(set(_classes(features)))
     splits = {
         split['name']: sum(map(int, split.get('shardLengths', ())))
         for split in info.get('splits', ())}
     features = features.get('featuresDict', {}).get('features', {})
-  except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+  except (OSError, ValueError, KeyError, TypeError, AttributeError,
+          RecursionError) as error:
     raise ValueError(
         f'`dataset` {name!r} must have a readable dataset_info.json and '
         f'features.json in {folder}, got {type(error).__name__}: {error}; '
         'prepare it again') from error
+  for feature in classes:
+    if not _FEATURE.fullmatch(feature):
+      raise ValueError(
+          f'`dataset` {name!r} must have features of TFDS alone, got '
+          f'{feature!r} in {folder / "features.json"}, which is not imported; '
+          'choose another data set')
   _check_format(name, folder, info)
   image_key, text_keys, label_key = _keys(name, info, features, text_features)
   test = _test_split(name, splits)
@@ -362,7 +383,7 @@ def _describe(
       image_key=image_key, label_key=label_key, image_shape=shape,
       num_classes=int(
           features[label_key]['classLabel']['numClasses']) if label_key else 0,
-      fingerprint=json.dumps([info['splits'], features], sort_keys=True),
+      fingerprint=_fingerprint(folder, [info['splits'], features]),
       text_keys=text_keys,
       num_bytes=sum(
           int(split.get('numBytes', 0)) for split in info['splits']
@@ -378,6 +399,39 @@ def _image_shape(name, image):
         f'`dataset` {name!r} must have uint8 images of 1 or 3 channels, got '
         f'{image.get("dtype")} of shape {shape}; choose another data set')
   return shape
+
+
+def _classes(value: Any) -> Iterator[str]:
+  """Names of classes in a features.json, also in JSON within its texts."""
+  if isinstance(value, Mapping):
+    for key, inner in value.items():
+      if not isinstance(inner, str):
+        yield from _classes(inner)
+      elif key in ('pythonClassName', 'python_class_name', 'type'):
+        yield inner
+      elif key == 'json':
+        yield from _classes(json.loads(inner))
+  elif isinstance(value, list):
+    for inner in value:
+      yield from _classes(inner)
+
+
+def _fingerprint(folder: pathlib.Path, description: Any) -> str:
+  """A hash of what a set says of itself, and of its examples' files."""
+  files = sorted(folder.glob('*.array_record*'))
+  whole = sum(file.stat().st_size for file in files) <= _HASHED_BYTES
+  digest = hashlib.blake2b(
+      json.dumps(description, sort_keys=True).encode(), digest_size=16)
+  for path in files:
+    digest.update(f'{path.name} {path.stat().st_size}'.encode())
+    with path.open('rb') as file:
+      if whole:
+        digest.update(hashlib.file_digest(file, 'blake2b').digest())
+        continue
+      digest.update(file.read(_END_BYTES))
+      file.seek(max(path.stat().st_size - _END_BYTES, 0))
+      digest.update(file.read())
+  return digest.hexdigest()
 
 
 def _check_format(name: str, folder: pathlib.Path, info: Mapping) -> None:

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+import contextlib
 import datetime
+import os
+import select
 import signal
+import socket
+import sys
+import threading
 import time
 
+from experiments import signals
+from experiments import streams
 import rich.console
 import rich.progress
 
+STOPPED = 'stopped by {}; the same command goes on from here'
+_PATIENCE = 1.  # Seconds until a signal that the main thread ignores acts.
 
 class Progress:
   """A bar with throughput and time left, on a terminal; else nothing is drawn.
@@ -63,47 +74,128 @@ class Progress:
     return f'{done * self._batch_size / seconds:,.0f} examples/s, {left} left'
 
 
-class Interrupted(Exception):
-  """SIGTERM or SIGINT asked the run to stop.
+class Interrupted(KeyboardInterrupt):
+  """A signal asked the run to stop.
+
+  No Exception: what handles errors must not take it for one. A
+  KeyboardInterrupt, since asyncio lets those through.
 
   Attributes:
     signal: its name.
-    exit_code: 0 for SIGTERM, which a scheduler sends; 130 for SIGINT.
+    exit_code: see `signals.exit_code`.
   """
 
   def __init__(self, number: int):
     super().__init__()
     self.signal = signal.Signals(number).name
-    self.exit_code = 130 if number == signal.SIGINT else 0
+    self.exit_code = signals.exit_code(number)
+
+
+def _silence():
+  """Says nothing of an `Interrupted` that a destructor met: the thread knows."""
+  before = sys.unraisablehook
+  if getattr(before, 'knows', None) is Interrupted:
+    return
+
+  def hook(unraisable):
+    if not isinstance(unraisable.exc_value, Interrupted):
+      before(unraisable)
+
+  hook.knows = Interrupted
+  sys.unraisablehook = hook
 
 
 class Stopper:
-  """Turns SIGTERM and SIGINT into `Interrupted`, where it does no harm.
+  """Turns signals into `Interrupted`, where it does no harm.
+
+  The first signal is raised at once or, within `deferring`, kept for `check`. A
+  second one ends the process at once; all that lies on the disk is whole at any
+  time. A thread watches, since Python's own handlers wait for compiled code,
+  and what they raise within a destructor is lost: where nothing has to be saved
+  it ends the process after a moment, else it says that the signal was heard.
 
   Attributes:
-    deferred: false: the exception comes at once. True: `asked` is set, and the
-      trainer raises it when it has saved. A second signal acts as if there were
-      no Stopper.
     asked: the exception to raise, or None.
+    say: takes what the thread has to say; must not wait for other threads.
+
+  Example:
+    >>> with Stopper() as stopper, stopper.deferring():
+    ...   state = step(state)
+    ...   stopper.check()
   """
 
-  def __init__(self):
-    self.deferred = False
+  def __init__(self, say: Callable[[str], None] = streams.urgent):
     self.asked: Interrupted | None = None
+    self.say = say
+    self._free_since: float | None = 0.  # None: deferring.
     self._before = {}
 
   def __enter__(self) -> Stopper:
-    for number in (signal.SIGTERM, signal.SIGINT):
+    _silence()
+    self._read, self._write = socket.socketpair()
+    self._write.setblocking(False)
+    for number in signals.heeded():
       self._before[number] = signal.signal(number, self._ask)
+    self._wakeup = signal.set_wakeup_fd(
+        self._write.fileno(), warn_on_full_buffer=False)
+    threading.Thread(target=self._watch, daemon=True).start()
     return self
 
   def __exit__(self, *error):
+    signal.set_wakeup_fd(self._wakeup)
     for number, handler in self._before.items():
       signal.signal(number, handler)
+    self._write.close()  # Ends the thread.
+
+  @contextlib.contextmanager
+  def deferring(self) -> Iterator[None]:
+    """Signals are kept, for `check` to raise; at the end they are raised."""
+    self._free_since = None
+    try:
+      yield
+    finally:
+      self._free_since = time.monotonic()
+    self.check()
+
+  def check(self) -> None:
+    """Raises what was asked for, if anything was."""
+    if self.asked:
+      raise self.asked
 
   def _ask(self, number, frame):
     del frame
-    signal.signal(number, self._before[number])
-    self.asked = Interrupted(number)
-    if not self.deferred:
-      raise self.asked
+    if self.asked is None:  # At a second one the thread ends the process.
+      self.asked = Interrupted(number)
+      if self._free_since is not None:
+        raise self.asked
+
+  def _watch(self):
+    """Ends the process where the main thread does not, or not soon enough."""
+    first, heard, said = None, 0., False
+    with self._read:
+      while True:
+        pause = None if first is None else _PATIENCE / 10
+        if select.select([self._read], [], [], pause)[0]:
+          data = self._read.recv(16)
+          if not data:
+            return
+          for number in data:
+            if number in self._before:
+              if first is not None:
+                self._end(number)
+              first, heard = number, time.monotonic()
+          continue
+        free_since = self._free_since
+        if time.monotonic() < max(heard, free_since or 0.) + _PATIENCE:
+          continue
+        if free_since is not None:
+          self._end(first)
+        if not said:
+          said = True
+          self.say(
+              f'{signal.Signals(first).name} was heard; the run stops once this '
+              'step is taken and saved, and at once at a second signal')
+
+  def _end(self, number):
+    self.say(STOPPED.format(signal.Signals(number).name))
+    os._exit(signals.exit_code(number))

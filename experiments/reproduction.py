@@ -31,7 +31,9 @@ from bpjax import paths
 from experiments import config as config_lib
 from experiments import launch
 from experiments import measurement
+from experiments import streams
 from experiments import summary as summary_lib
+from experiments import workdir as workdir_lib
 import matplotlib
 import ml_collections
 import rich.console
@@ -369,20 +371,17 @@ def _train(runs):
     if code in (2, 130):
       return code
     # Code 3: this row came to no numbers, which the table shows; others may.
-    finished = os.path.exists(os.path.join(run.folder, 'summary.json'))
-    if not code and not finished:
+    if not code and workdir_lib.read_summary(run.folder) is None:
       return 1  # Stopped by SIGTERM: nothing can be said of the table.
   return 0
 
 
 def _record(run: _Run) -> Record | None:
   """What the results hold of a run; None if it is not finished."""
-  summary = _read_json(os.path.join(run.folder, 'summary.json'))
+  summary = workdir_lib.read_summary(run.folder)
   if summary is None:
     return None
-  with open(
-      os.path.join(run.folder, 'metrics.jsonl'), encoding='utf-8') as file:
-    lines = [json.loads(line) for line in file]
+  lines = workdir_lib.read_metrics(run.folder)
   measured = [m for m in lines if m['split'] == 'alignment']
   scale = summary['epochs'] / summary['steps']
   config = config_lib.to_json(run.config)
@@ -428,7 +427,7 @@ def _rounded(value, digits):
 def _read_json(path):
   try:
     with open(path, encoding='utf-8') as file:
-      return json.load(file)
+      return streams.printable(json.load(file))
   except FileNotFoundError:
     return None
 

@@ -95,7 +95,7 @@ class Learner:
   dtype: str = 'float32'
 
   def init(self) -> TrainState:
-    """The state before the first step."""
+    """The state before the first step, and before `mirror`."""
     key, feedback_key, *_ = self._keys()
     x = self._nothing()
     variables = self.net.init(key, x)
@@ -105,19 +105,15 @@ class Learner:
     learned = {
         'params': params,
         'feedback': optimizer.trained(self.rule.trainable(feedback), feedback)}
-    state = TrainState(
-        jnp.int32(0), params, feedback, self.tx.init(learned), model_state,
-        jax.tree.map(jnp.asarray, empty_window()),
-        self._particles(variables, x))
     mirrors = any(jax.tree.leaves(self.rule.mirrored(feedback)))
     if not mirrors and (self.mirror_every, self.mirror_first) != (1, 0):
       raise ValueError(
           f'`mirror_every` and `mirror_first` need a rule that mirrors, and '
           f'{self.rule.name!r} does not; leave them at 1 and 0.')
-    if self.mirror_first:
-      state = jax.lax.fori_loop(
-          0, self.mirror_first, lambda i, s: self._mirror(s, i), state)
-    return state
+    return TrainState(
+        jnp.int32(0), params, feedback, self.tx.init(learned), model_state,
+        jax.tree.map(jnp.asarray, empty_window()),
+        self._particles(variables, x))
 
   def _particles(self, variables, x):
     """States of 0 for every training example, where they are kept."""
@@ -130,6 +126,16 @@ class Learner:
     return jax.tree.map(
         lambda s: jnp.zeros((self.examples, *s.shape[1:]), s.dtype),
         self.rule.particles(self.net, variables, x))
+
+  def mirror(
+      self, state: TrainState, first: jax.Array, count: jax.Array
+  ) -> TrainState:
+    """Steps `first` to `first + count` of the mirrored feedback alone.
+
+    There are `mirror_first` of them before the first step of training.
+    """
+    return jax.lax.fori_loop(
+        first, first + count, lambda i, s: self._mirror(s, i), state)
 
   def _mirror(self, state: TrainState, i: jax.Array) -> TrainState:
     """One step of the mirrored feedback alone: no data, no other update."""

@@ -7,6 +7,7 @@ batches that it would have seen, and skipping to k reads nothing.
 
 from collections.abc import Iterator, Mapping, Sequence
 import copy
+import hashlib
 import math
 import os
 from typing import Any
@@ -83,6 +84,12 @@ class Stream:
 
   def __len__(self) -> int:
     return len(self._indices)
+
+  @property
+  def fingerprint(self) -> str:
+    """Changes where the examples are others, or in another order."""
+    which = hashlib.blake2b(np.ascontiguousarray(self._indices)).hexdigest()
+    return f'{getattr(self._examples, "fingerprint", "")} {which}'
 
   def select(self, positions: np.ndarray) -> 'Stream':
     """The stream of the examples at `positions` of this one.

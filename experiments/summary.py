@@ -30,8 +30,12 @@ def summarise(
   if isinstance(split, data_lib.Stream):
     split = split.select(np.arange(min(len(split), _STREAMED_TRAIN_EXAMPLES)))
   measured = train.evaluate(run, state, split)
+  first_loss = train.evaluate(run, run.programs['init'](), split)['loss']
   last = [m for m in run.folder.metrics() if m['step'] == run.total_steps]
-  results = {f'train_{name}': value for name, value in measured.items()}
+  results = {f'train_{name}': value for name, value in measured.items()} | {
+      'first_train_loss': first_loss,
+      # Also where one of them is not a number.
+      'diverged': not measured['loss'] <= first_loss}
   for name in ('test', 'validation'):
     line = next((m for m in last if m['split'] == name), {})
     for value in measured:

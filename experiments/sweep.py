@@ -28,7 +28,9 @@ from absl import logging
 from experiments import config as config_lib
 from experiments import launch
 from experiments import main as main_lib
+from experiments import streams
 from experiments import summary as summary_lib
+from experiments import workdir as workdir_lib
 import ml_collections
 import rich.console
 import rich.table
@@ -107,7 +109,7 @@ def sweep(
     print(f'[{i + 1}/{len(runs)}] {name}', file=sys.stderr, flush=True)
     folder = os.path.join(workdir, name)
     code = launch.launch(run_config, folder, quiet=True)
-    summary = None if code else _summary(folder)
+    summary = None if code else workdir_lib.read_summary(folder)
     if code == 130 or (code == 0 and summary is None):
       return code  # Stopped by a signal: the same command goes on.
     failed += code != 0
@@ -157,14 +159,6 @@ def _split(text):
     else:
       parts[-1] += character
   return parts
-
-
-def _summary(folder):
-  try:
-    with open(os.path.join(folder, 'summary.json'), encoding='utf-8') as file:
-      return json.load(file)
-  except FileNotFoundError:
-    return None
 
 
 def _numbers(summary: Mapping[str, Any]) -> dict[str, float | None]:
@@ -236,4 +230,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  app.run(main, flags_parser=main_lib.parse)
+  streams.guarded(lambda: app.run(main, flags_parser=main_lib.parse))

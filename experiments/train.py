@@ -8,6 +8,8 @@ are cut into calls.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+import contextlib
 import dataclasses
 import functools
 import time
@@ -34,6 +36,7 @@ import ml_collections
 import numpy as np
 
 _MOST_STEPS = 100  # Per call, so that the bar moves and signals are heard.
+_SECONDS_PER_CALL = 1.  # At most, where a step takes less: likewise.
 _CPU_FLOPS_PER_CALL = 2e10  # Under a second on one core.
 # Fields that mean nothing for the other kind of data.
 _OF_IMAGES = (
@@ -42,7 +45,7 @@ _OF_TEXTS = ('tokenizer', 'vocabulary', 'length', 'text_features')
 
 
 class NonFiniteError(Exception):
-  """A loss or a weight became infinite or NaN."""
+  """A loss, a weight or feedback became infinite or NaN."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +79,19 @@ class Run:
   def total_steps(self) -> int:
     """The number of steps of the whole run."""
     return self.config.epochs * self.feed.steps_per_epoch
+
+  def reports(self, step: int) -> list[str]:
+    """The kinds of lines that the metrics hold of a step, in their order."""
+    every = self.config.alignment_every
+    ends = step > 0 and step % self.feed.steps_per_epoch == 0
+    kinds = {
+        'train': ends or step > 0 and self.is_due('log_every', step),
+        'alignment': every and (
+            step % every == 0 or step == self.total_steps),
+        'validation': ends and self.dataset.validation is not None,
+        'test': ends,
+    }
+    return [kind for kind, due in kinds.items() if due]
 
   def is_due(self, field: str, step: int) -> bool:
     """Whether `step` is a multiple of config[field], or ends an epoch if 0."""
@@ -142,21 +158,37 @@ def start(
 ) -> tuple[step_lib.TrainState, int]:
   """The state to go on from and its step: the last whole checkpoint's, or new.
 
-  Lines of the metrics that the run is going to write again are removed.
+  A checkpoint counts on the lines of the metrics before it. Those of its own
+  step and after it, which the run is going to write again, are removed.
 
   Raises:
     ValueError: if there are checkpoints, but none that can be used.
   """
-  restored = checkpoints.restore(run.like)
+  held = {}
+  for line in run.folder.metrics():
+    held.setdefault(line['step'], {})[line['split']] = None
+
+  def problem(step):
+    for s in range(step):
+      if list(held.get(s, ())) != run.reports(s):
+        return f'counts on the lines of step {s}, which metrics.jsonl lacks,'
+    return ''
+
+  restored = checkpoints.restore(run.like, problem)
   if restored is not None:
     step, state = restored
     run.folder.cut_metrics(step)
     run.folder.log(f'going on from step {step} of {run.total_steps}')
     return state, step
-  run.folder.cut_metrics(-1)
+  run.folder.cut_metrics(0)
   state = run.programs['init']()
-  if run.config.alignment_every:
-    run.folder.record(_alignment(run, state, 0))
+  step, pace = 0, _Pace()
+  while step < run.config.mirror_first:
+    count = pace.limit(run.config.mirror_first - step)
+    with pace.of(count):
+      state = jax.block_until_ready(run.programs['mirror'](
+          state, np.int32(step), np.int32(count)))
+    step += count
   return state, 0
 
 
@@ -171,7 +203,7 @@ def train(
     checkpoints: where to save.
     state: from `start`; it is donated.
     step: from `start`.
-    stopper: says whether a signal came; its signals are to be deferred.
+    stopper: says whether a signal came.
 
   Returns:
     The last state, and the seconds per step of every call but the first.
@@ -180,36 +212,89 @@ def train(
     NonFiniteError: if a loss or a weight is not finite; that state is not
       saved.
     Interrupted: when a signal asked for it; the state is saved.
+    DiskError: if the metrics, the log or a checkpoint cannot be written.
   """
-  seconds = []
-  with progress_lib.Progress(
+  seconds, pace, begin = [], _Pace(), step
+  with stopper.deferring(), _written(checkpoints), progress_lib.Progress(
       run.folder.console, run.total_steps, step,
       run.config.batch_size) as progress:
-    while step < run.total_steps:
-      count = run.next_call(step)
-      state, elapsed = _advance(run, state, step, count)
-      seconds.append(elapsed / count)
+    while True:
+      # What is saved is the state before its report: whoever goes on from there
+      # makes the report again, so that a report may be broken off.
+      saved = step == begin
+      if not saved and (
+          stopper.asked or step == run.total_steps
+          or run.is_due('checkpoint_every', step)):
+        _save(run, checkpoints, state, step)
+        saved = True
+      try:
+        stopper.check()
+        state = _report(run, state, step, progress.speed(), stopper.check)
+      except progress_lib.Interrupted:
+        if not saved:
+          _save(run, checkpoints, state, step)
+        raise
+      if step == run.total_steps:
+        return state, seconds[1:] or seconds
+      count = pace.limit(run.next_call(step))
+      with pace.of(count):
+        state = _advance(run, state, step, count)
+      seconds.append(pace.seconds)
       step += count
       progress.advance(count)
-      state = _report(run, state, step, progress.speed())
-      asked = stopper.asked
-      if (asked or step == run.total_steps
-          or run.is_due('checkpoint_every', step)):
-        _check_finite(run, state, step)
-        checkpoints.save(step, state)
-      if asked:
-        raise asked
-  return state, seconds[1:] or seconds
+
+
+@contextlib.contextmanager
+def _written(checkpoints):
+  """Waits for what is being saved, also where training ends otherwise."""
+  try:
+    yield
+  finally:
+    checkpoints.wait()
+
+
+def _save(run, checkpoints, state, step):
+  _check_finite(run, state, step)
+  checkpoints.save(step, state)
+
+
+class _Pace:
+  """How many steps go into one call, so that signals are heard in time.
+
+  Attributes:
+    seconds: of a step, when it was last measured.
+  """
+
+  def __init__(self):
+    self.seconds = _SECONDS_PER_CALL
+
+  def limit(self, most: int) -> int:
+    """The number of steps of the next call, at most `most`."""
+    return int(np.clip(_SECONDS_PER_CALL / self.seconds, 1, most))
+
+  @contextlib.contextmanager
+  def of(self, count: int) -> Iterator[None]:
+    """Measures a call of `count` steps."""
+    begin = time.perf_counter()
+    yield
+    self.seconds = max(time.perf_counter() - begin, 1e-9) / count
 
 
 def evaluate(
-    run: Run, state: step_lib.TrainState, split: Any) -> dict[str, float]:
-  """What the task measures on a whole split, its last examples included."""
+    run: Run, state: step_lib.TrainState, split: Any,
+    check: Callable[[], None] = lambda: None) -> dict[str, float]:
+  """What the task measures on a whole split, its last examples included.
+
+  `check` is called after every batch, and may raise.
+  """
   batches = feed_lib.eval_batches(
       split, run.config.eval_batch_size, run.learner.mesh)
-  sums = [
-      run.programs['evaluate'](state.params, state.model_state, *batch)
-      for batch in batches]
+  sums = []
+  for batch in batches:
+    sums.append(run.programs['evaluate'](
+        state.params, state.model_state, *batch))
+    jax.block_until_ready(sums[-2:][0])  # One more is under way.
+    check()
   total = np.sum(np.asarray(jax.device_get(sums), np.float64), axis=0)
   return run.learner.task.metrics(tasks.Sums(*total))
 
@@ -421,12 +506,16 @@ def _compile(config, learner, feed, like):
 
   mask = jax.ShapeDtypeStruct((size,), np.bool_, sharding=batch)
   programs = {
-      'init': jax.jit(learner.init, out_shardings=places),
+      'init': jax.jit(learner.init, out_shardings=places).lower().compile(),
       'steps': lower(most).compile(),
       'evaluate': jax.jit(learner.evaluate).lower(
           like.params, like.model_state, rows(size), mask).compile(),
       'is_finite': jax.jit(step_lib.is_finite).lower(like).compile(),
   }
+  if config.mirror_first:
+    programs['mirror'] = jax.jit(
+        learner.mirror, donate_argnums=0, out_shardings=places).lower(
+            like, first, first).compile()
   if config.alignment_every:
     programs['align'] = jax.jit(
         learner.align, out_shardings=everywhere).lower(
@@ -452,45 +541,39 @@ def _most_steps(config, feed, lower):
 
 
 def _advance(run, state, step, count):
-  """Takes `count` steps; returns the state and the seconds that it took."""
-  begin = time.perf_counter()
+  """The state after `count` more steps."""
   data, first = run.feed.fetch(*divmod(step, run.feed.steps_per_epoch), count)
   state, losses = run.programs['steps'](state, data, first, np.int32(count))
   losses = np.asarray(losses)[:count]
-  elapsed = time.perf_counter() - begin
   bad = np.flatnonzero(~np.isfinite(losses))
   if bad.size:
     raise NonFiniteError(
         f'the loss of rule `{run.config.rule}` is {losses[bad[0]]} at step '
         f'{step + bad[0] + 1}; the last good checkpoint is kept: try a smaller '
         '`learning_rate`, or `clip_norm`.')
-  return state, elapsed
+  return state
 
 
-def _report(run, state, step, speed):
+def _report(run, state, step, speed, check):
   """Writes the lines of `step`; a window that was written begins anew."""
-  lines = []
-  epoch_ends = step % run.feed.steps_per_epoch == 0
-  if epoch_ends or run.is_due('log_every', step):
+  lines, kinds = [], run.reports(step)
+  if 'train' in kinds:
     lines.append(_line(run, step, 'train', **run.learner.task.metrics(
         jax.device_get(state.window))))
     state = state._replace(window=jax.device_put(
         step_lib.empty_window(), jax.tree.map(
             lambda x: x.sharding, run.like.window)))
-  every = run.config.alignment_every
-  if every and (step % every == 0 or step == run.total_steps):
+  if 'alignment' in kinds:
     lines += _alignment(run, state, step)
-  if epoch_ends:
-    for name in ('validation', 'test'):
-      split = getattr(run.dataset, name)
-      if split is not None:
-        measured = evaluate(run, state, split)
-        lines.append(_line(run, step, name, **measured))
-        if name == 'validation' and run.config.schedule == 'plateau':
-          state = state._replace(opt_state=jax.device_put(
-              optimizer.after_epoch(
-                  run.config, state.opt_state, measured['loss']),
-              jax.tree.map(lambda x: x.sharding, run.like.opt_state)))
+  for name in ('validation', 'test'):
+    if name in kinds:
+      measured = evaluate(run, state, getattr(run.dataset, name), check)
+      lines.append(_line(run, step, name, **measured))
+      if name == 'validation' and run.config.schedule == 'plateau':
+        state = state._replace(opt_state=jax.device_put(
+            optimizer.after_epoch(
+                run.config, state.opt_state, measured['loss']),
+            jax.tree.map(lambda x: x.sharding, run.like.opt_state)))
   if lines:
     run.folder.record(lines)
   for line in lines:
@@ -500,7 +583,7 @@ def _report(run, state, step, speed):
           for name, value in line.items() if isinstance(value, float))
       run.folder.log(
           f'step {step}/{run.total_steps} epoch {line["epoch"]} '
-          f'{line["split"]} {numbers} ({speed})')
+          f'{line["split"]} {numbers}' + (f' ({speed})' if speed else ''))
   return state
 
 

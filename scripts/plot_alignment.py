@@ -12,7 +12,6 @@ cosine between a layer's weights and what the rule aligns them with.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import statistics
@@ -20,6 +19,7 @@ import sys
 
 from absl import app
 from absl import flags
+from experiments import workdir
 import matplotlib
 import rich.console
 import rich.table
@@ -39,7 +39,7 @@ def find_runs(folders: list[str]) -> list[str]:
         os.path.join(folder, name) for name in os.listdir(folder)
     ) if os.path.isdir(folder) else []
     found = [f for f in (folder, *inside)
-             if os.path.exists(os.path.join(f, 'summary.json'))]
+             if workdir.read_summary(f) is not None]
     if not found:
       raise ValueError(
           f'`{folder}` holds no finished run; train one with `python -m '
@@ -50,13 +50,11 @@ def find_runs(folders: list[str]) -> list[str]:
 
 def read(run: str) -> dict:
   """A run's summary, and its alignment lines as unit -> list of lines."""
-  with open(os.path.join(run, 'summary.json'), encoding='utf-8') as file:
-    summary = json.load(file)
+  summary = workdir.read_summary(run)
   units = {}
-  with open(os.path.join(run, 'metrics.jsonl'), encoding='utf-8') as file:
-    for line in map(json.loads, file):
-      if line['split'] == 'alignment':
-        units.setdefault(line['unit'], []).append(line)
+  for line in workdir.read_metrics(run):
+    if line['split'] == 'alignment':
+      units.setdefault(line['unit'], []).append(line)
   # In the order of the model, not of the file.
   order = [u for u in summary['units'] if u in units]
   summary['curves'] = {u: units[u] for u in order}

@@ -1,6 +1,9 @@
 """Forward gradient: unbiased, with the variance of the formula, on any model."""
 
 import functools
+import os
+import subprocess
+import sys
 
 from absl.testing import parameterized
 import bpjax
@@ -465,3 +468,41 @@ class EngineTest(float64.Float64TestCase):
     np.testing.assert_allclose(
         credit.params['kernel'], x.T @ signal, atol=1e-14)
     self.assertEqual(credit.inputs, (None,))
+
+
+_LOCAL_ORTHOGONAL = """
+import bpjax, flax.linen as nn, jax, jax.numpy as jnp
+net = bpjax.from_linen(nn.Sequential(
+    [nn.Dense(64), nn.tanh, nn.Dense(64), nn.tanh, nn.Dense(10)]))
+x, y = jnp.ones((128, 64)), jnp.zeros(128, int)
+variables = net.init(jax.random.key(0), x)
+rule = bpjax.local(bpjax.rules.forward_gradient(
+    directions='orthogonal', samples=8), ['layers_0', 'layers_2', 'layers_4'])
+feedback = rule.init(jax.random.key(1), net, variables, x)
+learn = jax.jit(rule.value_and_grad(net, bpjax.losses.softmax_cross_entropy))
+for i in range(30):
+  jax.block_until_ready(
+      learn(variables, feedback, x, y, key=jax.random.key(i)))
+"""
+
+
+class OrthonormalTest(parameterized.TestCase):
+
+  @parameterized.parameters((np.float32, 2e-6), (np.float64, 1e-14))
+  def test_as_a_qr_decomposition(self, dtype, tolerance):
+    x = np.random.default_rng(0).normal(size=(6, 40, 7)).astype(dtype)
+    with jax.enable_x64(True):
+      got = np.asarray(perturbation.orthonormal(jnp.asarray(x)))
+    self.assertEqual(got.dtype, dtype)
+    for n in range(40):
+      q, r = np.linalg.qr(x[:, n].T.astype(np.float64))
+      np.testing.assert_allclose(
+          got[:, n].T, q * np.sign(np.diag(r)), atol=100 * tolerance)
+      np.testing.assert_allclose(
+          got[:, n] @ got[:, n].T, np.eye(6), atol=tolerance)
+
+  def test_many_at_once_do_not_hang(self):
+    """Two LAPACK decompositions in one program wait for each other."""
+    subprocess.run(
+        [sys.executable, '-c', _LOCAL_ORTHOGONAL], timeout=120, check=True,
+        env={**os.environ, 'JAX_PLATFORMS': 'cpu'})

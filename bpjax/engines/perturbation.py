@@ -592,12 +592,11 @@ class Plan:
       kind = 'example' if axis is not None else 'shared'
       kind = 'weight' if name.startswith('1/') else kind
       groups.setdefault((kind, tuple(self.reached[i])), []).append(i)
-    leaves, last = jax.tree.leaves(drawn), None
+    leaves = jax.tree.leaves(drawn)
     for (kind, _), members in groups.items():
       own = [(leaves[i], axes[i] if kind == 'example' else None)
              for i in members]
-      turned, last = _orthogonal(own, last)
-      for i, leaf in zip(members, turned):
+      for i, leaf in zip(members, _orthogonal(own)):
         leaves[i] = leaf
     drawn = jax.tree.unflatten(jax.tree.structure(tree), leaves)
     if self._rule.samples > 1:
@@ -667,31 +666,25 @@ def _as_the_first(u, examples):
   return jnp.broadcast_to(first, parts.shape).reshape(u.shape)
 
 
-def _orthogonal(leaves, last):
+def _orthogonal(leaves):
   """Samples at right angles, of length sqrt(dimension): E[u u^T] stays 1.
 
   `leaves` are pairs of an array [samples, ...] and the axis of examples that it
-  has after the first, or None; all together are one direction. It waits for
-  `last`, which the call before has returned: jaxlib hangs on CPUs where two
-  decompositions run at once.
+  has after the first, or None; all together are one direction.
   """
   rows = [
       leaf.reshape(len(leaf), 1, -1) if axis is None else
       jnp.moveaxis(leaf, axis + 1, 1).reshape(len(leaf), leaf.shape[axis + 1], -1)
       for leaf, axis in leaves]
-  joined = jnp.moveaxis(jnp.concatenate(rows, axis=2), 0, 2)
-  # There is no QR decomposition in less than single precision.
+  joined = jnp.concatenate(rows, axis=2)
+  # Half precision is too coarse to take parts of a vector away twice.
   joined = joined.astype(jnp.promote_types(joined.dtype, jnp.float32))
-  *_, size, samples = joined.shape
+  samples, _, size = joined.shape
   if samples > size:
     raise ValueError(
         f'`samples` must be at most {size}, the number of entries of one '
         f"direction, for directions='orthogonal', got {samples}.")
-  joined, _ = jax.lax.optimization_barrier((joined, last))
-  q, r = jnp.linalg.qr(joined)
-  # Signs as those of what was drawn: uniform over all rotations.
-  signs = jnp.sign(jnp.diagonal(r, axis1=-2, axis2=-1))
-  joined = jnp.moveaxis(q * signs[..., None, :] * size**.5, 2, 0)
+  joined = orthonormal(joined) * size**.5
   result, first = [], 0
   for row, (leaf, axis) in zip(rows, leaves):
     part = joined[:, :, first:first + row.shape[2]]
@@ -702,7 +695,42 @@ def _orthogonal(leaves, last):
     else:
       moved = jnp.moveaxis(leaf, axis + 1, 1).shape
       result.append(jnp.moveaxis(part.reshape(moved), 1, axis + 1))
-  return result, r
+  return result
+
+
+def orthonormal(x: base.Array) -> base.Array:
+  """Vectors at right angles, of length 1, that span what the first ones do.
+
+  Gram-Schmidt, each vector cleared of those before it twice. Independent normal
+  entries give a frame that is uniform over all rotations, as the Q of a QR
+  decomposition is whose R has a positive diagonal. `jnp.linalg.qr` itself hangs
+  on CPUs where two of them run at once in one program.
+
+  Args:
+    x: `[vectors, batch, size]`, at least as many entries as vectors.
+
+  Returns:
+    The same shape.
+
+  Example:
+    >>> orthonormal(jnp.array([[[3., 0.]], [[4., 5.]]])).tolist()
+    [[[1.0, 0.0]], [[0.0, 1.0]]]
+  """
+  product = functools.partial(jnp.einsum, precision='highest')
+
+  def unit(v):  # A vector of zeros stays one.
+    length = jnp.linalg.norm(v, axis=-1, keepdims=True)
+    return v / jnp.where(length > 0, length, 1)
+
+  def add(done, new):
+    i, v = new
+    v = unit(v)
+    for _ in range(2):
+      v = unit(v - product('nk,knd->nd', product('knd,nd->nk', done, v), done))
+    place = jnp.arange(len(x)).reshape(-1, 1, 1) == i
+    return jnp.where(place, v, done), None
+
+  return jax.lax.scan(add, jnp.zeros_like(x), (jnp.arange(len(x)), x))[0]
 
 
 def _place(call):

@@ -5,6 +5,7 @@ the network nor a script to show it.
 """
 
 import pathlib
+import re
 
 import bpjax
 from docutils import nodes
@@ -29,26 +30,52 @@ html_math_renderer = 'mathml'
 
 myst_enable_extensions = ['colon_fence', 'dollarmath']
 myst_heading_anchors = 3
-# Pages that may not be there yet: their places in the table of contents are.
-suppress_warnings = ['toc.empty_glob']
-
-default_role = 'code'
 autodoc_member_order = 'bysource'
 autodoc_typehints = 'signature'
 autodoc_preserve_defaults = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
-# Types of signatures: of private modules, of other libraries, and variables.
-nitpick_ignore_regex = [('py:.*', r'.*')]
+# Prose, and no types: those are in the signature.
+napoleon_custom_sections = ['Returns']
+# Types in signatures: those of other libraries, and variables.
+nitpick_ignore_regex = [('py:(class|data|obj)', r'.*')]
 copybutton_prompt_text = r'>>> |\.\.\. '
 copybutton_prompt_is_regexp = True
 
 
+# Pages that have a place in the table of contents before they are there.
+_PLACES = ('config', 'dynamics', 'averaging')
+
+
 def setup(app):
+  app.connect('source-read', _leave_places)
+  app.connect('autodoc-process-docstring', _mark_code, priority=100)
   app.add_html_math_renderer(
       'mathml', inline_renderers=(_render('inline'), None),
       block_renderers=(_render('block'), None))
   _write_examples()
+
+
+def _leave_places(app, name, source):
+  del app
+  for place in _PLACES:
+    if name == 'index' and not (_HERE / f'{place}.md').exists():
+      source[0] = source[0].replace(f'\n{place}\n', '\n')
+
+
+def _mark_code(app, what, name, obj, options, lines):
+  """Single backticks are code, as the docstrings have them."""
+  del app, what, name, obj, options
+
+  def code(match):
+    if match[1] is None:  # A role, a literal or a link: as it is.
+      return match[0]
+    return f'``{" ".join(match[1].split())}``'
+
+  text = re.sub(
+      r':[\w:]+:`[^`]*`|``[^`]+``|`[^`<]+<[^`]*`_|`([^`]+)`', code,
+      '\n'.join(lines))
+  lines[:] = text.split('\n')
 
 
 def _render(display):

@@ -53,7 +53,8 @@ def _check_sdist(path):
       text=True).stdout.split('\n')
   missing = sorted(set(filter(None, tracked)) - held)
   if missing:
-    sys.exit(f'error: the sdist lacks {", ".join(missing)}; add to MANIFEST.in.')
+    sys.exit(f'error: the sdist lacks {", ".join(missing)}; MANIFEST.in says '
+             'what it holds.')
 
 
 def _check_wheel(path):

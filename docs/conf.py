@@ -28,7 +28,7 @@ html_static_path = ['_static']
 html_css_files = ['site.css']
 html_math_renderer = 'mathml'
 
-myst_enable_extensions = ['colon_fence', 'dollarmath']
+myst_enable_extensions = ['colon_fence', 'deflist', 'dollarmath']
 myst_heading_anchors = 3
 autodoc_member_order = 'bysource'
 autodoc_typehints = 'signature'

@@ -1,8 +1,9 @@
 # %% [markdown]
 # # A first network
 #
-# Handwritten digits (1,797 images of 8x8 pixels, of scikit-learn), a network of two hidden
-# layers, and four rules that train it. About a minute on one CPU core.
+# Handwritten digits (1,797 images of 8x8 pixels, of scikit-learn), a network of
+# two hidden layers, and four rules that train it. About a minute on one CPU
+# core.
 #
 #     python examples/first_network.py [--small]
 
@@ -33,11 +34,12 @@ x_train, x_test, y_train, y_test = model_selection.train_test_split(
 # %% [markdown]
 # ## A network of units
 #
-# The model is plain Flax. `net.units` lists what a rule will train, and every parameter
-# that keeps its exact derivative: none, here.
+# The model is plain Flax. `net.units` lists what a rule will train, and every
+# parameter that keeps its exact derivative: none, here.
 
 # %%
-model = nn.Sequential([nn.Dense(64), nn.tanh, nn.Dense(64), nn.tanh, nn.Dense(10)])
+model = nn.Sequential(
+    [nn.Dense(64), nn.tanh, nn.Dense(64), nn.tanh, nn.Dense(10)])
 net = bpjax.from_linen(model)
 variables = net.init(jax.random.key(0), x_train)
 print(net.units)
@@ -45,9 +47,9 @@ print(net.units)
 # %% [markdown]
 # ## Training
 #
-# `rule.value_and_grad` stands where `jax.value_and_grad` would, and `bpjax.optimizer` trains
-# parameters and feedback; it leaves feedback alone that does not learn. One compiled loop
-# over the steps of an epoch.
+# `rule.value_and_grad` stands where `jax.value_and_grad` would, and
+# `bpjax.optimizer` trains parameters and feedback; it leaves feedback alone
+# that does not learn. One compiled loop over the steps of an epoch.
 
 
 # %%
@@ -81,7 +83,8 @@ def train(rule, epochs, batch=64):
 
 
 # %% [markdown]
-# Four rules, with the settings of the quickstart's config, which no search chose for them:
+# Four rules, with the settings of the quickstart's config, which no search
+# chose for them:
 
 # %%
 RULES = {

@@ -1,9 +1,10 @@
 # %% [markdown]
 # # Local losses
 #
-# Forward gradient perturbs a network and steps along the change of the loss. Its variance
-# grows with what one loss has to answer for. Here: one loss for the network, one for each
-# block, and what is learned without any hidden layer. A minute or two on one CPU core.
+# Forward gradient perturbs a network and steps along the change of the loss.
+# Its variance grows with what one loss has to answer for. Here: one loss for
+# the network, one for each block, and what is learned without any hidden layer.
+# A minute or two on one CPU core.
 #
 #     python examples/local_losses.py [--small]
 
@@ -29,8 +30,8 @@ x_train, x_test, y_train, y_test = model_selection.train_test_split(
 # %% [markdown]
 # ## A model made of blocks
 #
-# A block is any module; `bpjax.local` is told by a glob which ones are. Each gets a head, a
-# linear readout of the labels, which is trainable feedback.
+# A block is any module; `bpjax.local` is told by a glob which ones are. Each
+# gets a head, a linear readout of the labels, which is trainable feedback.
 
 
 # %%
@@ -93,10 +94,7 @@ def train(rule, steps, loss=bpjax.losses.softmax_cross_entropy):
 
 
 # %% [markdown]
-# ## What it does to the noise
-#
-# Beside the accuracy: the cosine of one draw with the gradient of the same losses would be
-# 1 for backprop; see the example on alignment for how to read it.
+# ## What each learns
 
 # %%
 for name, rule in RULES.items():

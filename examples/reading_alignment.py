@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Reading alignment
 #
-# Is a hidden layer taught anything? `bpjax.alignment` holds a rule against backprop on one
-# batch, unit by unit. This example measures while it trains, and says how to read the
-# numbers. Half a minute on one CPU core.
+# Is a hidden layer taught anything? `bpjax.alignment` holds a rule against
+# backprop on one batch, unit by unit. This example measures while it trains,
+# and says how to read the numbers. Half a minute on one CPU core.
 #
 #     python examples/reading_alignment.py [--small]
 
@@ -31,13 +31,16 @@ loss = bpjax.losses.softmax_cross_entropy
 # %% [markdown]
 # ## What is measured
 #
-# - `teaching`: the cosine between the rule's signal at the unit's output and backprop's, a
-#   mean over examples, and `teaching_std`, its deviation over them. This is *the* number:
-#   0 is a right angle, so that the step goes nowhere near downhill.
+# - `teaching`: the cosine between the rule's signal at the unit's output and
+#   backprop's, a mean over examples, and `teaching_std`, its deviation over
+#   them. This is *the* number: 0 is a right angle, so that the step goes
+#   nowhere near downhill.
 # - `update`: the cosine of the whole update of the unit's parameters.
-# - `weight`: the cosine between the unit's weights and its feedback. It explains the first:
-#   feedback alignment works because the weights turn towards the feedback.
-# - `backprop_norm`: a cosine with next to nothing says nothing. NaN: there is no signal.
+# - `weight`: the cosine between the unit's weights and its feedback. It
+#   explains the first: feedback alignment works because the weights turn
+#   towards the feedback.
+# - `backprop_norm`: a cosine with next to nothing says nothing. NaN: there is
+#   no signal.
 
 
 # %%
@@ -60,7 +63,8 @@ def trained(rule, steps, every):
   found = {}
   for i, key in enumerate(jax.random.split(jax.random.key(2), steps + 1)):
     if i % every == 0:
-      found[i] = measure({'params': trees[0]}, trees[1], x[:256], y[:256], key=key)
+      found[i] = measure(
+          {'params': trees[0]}, trees[1], x[:256], y[:256], key=key)
     trees, state = step(trees, state, key)
   return found
 
@@ -68,9 +72,10 @@ def trained(rule, steps, every):
 # %% [markdown]
 # ## Over training
 #
-# At the start fixed random feedback is at a right angle to backprop, and the weights come
-# round to it. The output layer is always exact. Direct feedback aligns the layers at about
-# the same pace; through feedback alignment the lowest comes last.
+# At the start fixed random feedback is at a right angle to backprop, and the
+# weights come round to it. The output layer is always exact. Direct feedback
+# aligns the layers at about the same pace; through feedback alignment the
+# lowest comes last.
 
 # %%
 RULES = {
@@ -92,6 +97,7 @@ for name, rule in RULES.items():
     assert jnp.allclose(last['layers_6'].teaching, 1, atol=1e-4)
 
 # %% [markdown]
-# Forward gradient stays near zero, and yet trains: its signal is noise around the gradient,
-# right on average. A mean over many draws would be near 1. A small cosine that comes from
-# variance is cured by averaging; one that comes from random feedback is not.
+# Forward gradient stays near zero, and yet trains: its signal is noise around
+# the gradient, right on average. A mean over many draws would be near 1. A
+# small cosine that comes from variance is cured by averaging; one that comes
+# from random feedback is not.

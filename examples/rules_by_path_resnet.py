@@ -1,10 +1,10 @@
 # %% [markdown]
 # # Rules by path on a ResNet
 #
-# Convolutions cannot align with random feedback. So let each residual block take its error
-# from a projection of the output's error at its *boundary*, and learn inside by another
-# rule: backprop, sign symmetry, or feedback alignment. Digits of 8x8 pixels; a few minutes
-# on one CPU core.
+# Convolutions cannot align with random feedback. So let each residual block
+# take its error from a projection of the output's error at its *boundary*, and
+# learn inside by another rule: backprop, sign symmetry, or feedback alignment.
+# Digits of 8x8 pixels; a few minutes on one CPU core.
 #
 #     python examples/rules_by_path_resnet.py [--small]
 
@@ -19,7 +19,7 @@ import optax
 from sklearn import datasets
 from sklearn import model_selection
 
-SMALL = '--small' in sys.argv  # Another model and a few steps, for a quick look.
+SMALL = '--small' in sys.argv  # A smaller model and a few steps.
 
 # %% [markdown]
 # ## A ResNet, with its blocks as boundaries
@@ -71,8 +71,9 @@ print(net.units)
 # %% [markdown]
 # ## Rules by path
 #
-# A pattern is a glob on a unit's path; the first that matches wins. Direct feedback at the
-# boundaries replaces all that would arrive there, skip connections included.
+# A pattern is a glob on a unit's path; the first that matches wins. Direct
+# feedback at the boundaries replaces all that would arrive there, skip
+# connections included.
 
 # %%
 direct = bpjax.rules.direct_feedback_alignment(placement='boundaries')
@@ -99,7 +100,8 @@ def train(rule, steps):
   @jax.jit
   def step(trees, state, key):
     rows = jax.random.randint(key, (64,), 0, len(x_train))
-    _, grads = learn({'params': trees[0]}, trees[1], x_train[rows], y_train[rows])
+    _, grads = learn(
+        {'params': trees[0]}, trees[1], x_train[rows], y_train[rows])
     updates, state = tx.update(grads, state, trees)
     return optax.apply_updates(trees, updates), state
 

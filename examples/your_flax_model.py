@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Your own Flax model
 #
-# A small transformer that was written without a word of bpjax: tied embeddings, attention,
-# norms, dropout, a flag for training. It learns to say which of two symbols is more
-# frequent in a sequence. Less than a minute on one CPU core.
+# A small transformer that was written without a word of bpjax: tied embeddings,
+# attention, norms, dropout, a flag for training. It learns to say which of two
+# symbols is more frequent in a sequence. Less than a minute on one CPU core.
 #
 #     python examples/your_flax_model.py [--small]
 
@@ -34,20 +34,22 @@ class Encoder(nn.Module):
     pairs = nn.make_attention_mask(mask, mask)
     for i in range(self.layers):
       a = nn.LayerNorm(name=f'norm_a_{i}')(h)
-      a = nn.MultiHeadDotProductAttention(4, name=f'attention_{i}')(a, mask=pairs)
+      a = nn.MultiHeadDotProductAttention(
+          4, name=f'attention_{i}')(a, mask=pairs)
       h += nn.Dropout(.1, deterministic=deterministic)(a)
       b = nn.LayerNorm(name=f'norm_b_{i}')(h)
       b = nn.gelu(nn.Dense(2 * self.width, name=f'up_{i}')(b))
       h += nn.Dense(self.width, name=f'down_{i}')(b)
     pooled = (h * mask[..., None]).sum(1) / mask.sum(1, keepdims=True)
-    return embed.attend(nn.tanh(nn.Dense(self.width, name='pool')(pooled)))[:, :2]
+    pooled = nn.tanh(nn.Dense(self.width, name='pool')(pooled))
+    return embed.attend(pooled)[:, :2]
 
 
 # %% [markdown]
 # ## Data: several inputs
 #
-# Several inputs are a tuple, some of them by keyword `bpjax.Inputs`. That the call takes
-# `deterministic` is found by itself: it is False in training.
+# Several inputs are a tuple, some of them by keyword `bpjax.Inputs`. That the
+# call takes `deterministic` is found by itself: it is False in training.
 
 
 # %%
@@ -65,8 +67,8 @@ x_test, y_test = data(jax.random.key(1), 64 if SMALL else 512)
 # %% [markdown]
 # ## What will be trained
 #
-# The tied embedding is one unit with two calls. Gains and biases of norms keep their exact
-# derivative; the table says so.
+# The tied embedding is one unit with two calls. Gains and biases of norms keep
+# their exact derivative; the table says so.
 
 # %%
 net = bpjax.from_linen(Encoder(layers=1 if SMALL else 2))
@@ -98,7 +100,8 @@ def step(trees, state, key):
 
 
 # %%
-for i, key in enumerate(jax.random.split(jax.random.key(4), 10 if SMALL else 900)):
+keys = jax.random.split(jax.random.key(4), 10 if SMALL else 900)
+for i, key in enumerate(keys):
   trees, state, loss = step(trees, state, key)
   if i % 300 == 0:
     print(f'step {i}: loss {loss:.3f}')

@@ -1,9 +1,10 @@
 # %% [markdown]
 # # Your own rule
 #
-# A rule is one function of one unit. This one sends errors through a mixture of the weights
-# and of fixed random ones, so that one number leads from feedback alignment (0) to backprop
-# (1). How much weight transport is needed? Half a minute on one CPU core.
+# A rule is one function of one unit. This one sends errors through a mixture of
+# the weights and of fixed random ones, so that one number leads from feedback
+# alignment (0) to backprop (1). How much weight transport is needed? Half a
+# minute on one CPU core.
 #
 #     python examples/your_own_rule.py [--small]
 
@@ -26,10 +27,11 @@ SMALL = '--small' in sys.argv  # A few steps, for a quick look.
 # %% [markdown]
 # ## The rule
 #
-# `init_unit` draws what the unit needs besides its weights; `draw` returns None where
-# nothing below waits for a message. `backward` asks the unit for vector-Jacobian products,
-# with the mixture in the place of the weights on the way down. No outer product is written,
-# so that the same lines serve convolutions and attention.
+# `init_unit` draws what the unit needs besides its weights; `draw` returns None
+# where nothing below waits for a message. `backward` asks the unit for
+# vector-Jacobian products, with the mixture in the place of the weights on the
+# way down. No outer product is written, so that the same lines serve
+# convolutions and attention.
 
 
 # %%
@@ -55,8 +57,9 @@ def partial_transport(share: float = .1):
 # %% [markdown]
 # ## The contract
 #
-# One call checks structure, determinism, compilation, the sign of updates, convolutions,
-# boundaries, `scan`, a batch of one, and that hidden layers learn.
+# One call checks structure, determinism, compilation, the sign of updates,
+# convolutions, boundaries, `scan`, a batch of one, and that hidden layers
+# learn.
 
 # %%
 if not SMALL:
@@ -86,7 +89,8 @@ def train(rule, steps):
   @jax.jit
   def step(trees, state, key):
     rows = jax.random.randint(key, (64,), 0, len(x_train))
-    _, grads = learn({'params': trees[0]}, trees[1], x_train[rows], y_train[rows])
+    _, grads = learn(
+        {'params': trees[0]}, trees[1], x_train[rows], y_train[rows])
     updates, state = tx.update(grads, state, trees)
     return optax.apply_updates(trees, updates), state
 

@@ -198,8 +198,8 @@ def evidence(file: str, kind: str, searched: str) -> str:
   versions = held.get('versions', {k: held[k] for k in ('jax',) if k in held})
   if versions:
     lines['versions'] = ', '.join(
-        f'{name} {versions[name]}' for name in ('python', 'jax', 'flax', 'optax')
-        if name in versions)
+        f'{name} {versions[name]}'
+        for name in ('python', 'jax', 'flax', 'optax') if name in versions)
   lines['date'] = held.get('date', 'not recorded')
   lines['searched'] = searched
   return _table(['evidence', ''], lines.items())
@@ -375,8 +375,8 @@ def six_results() -> str:
   return _table(['what', 'result', 'evidence'], [
       ['MNIST, 784-256-256-10, 5 epochs: test accuracy, three seeds',
        f'backprop {mnist("backprop")}, Kolen-Pollack {mnist("kolen_pollack")}, '
-       f'direct feedback {mnist("direct_feedback_alignment")}, forward gradient '
-       f'{mnist("forward_gradient")}', page('mnist')],
+       f'direct feedback {mnist("direct_feedback_alignment")}, '
+       f'forward gradient {mnist("forward_gradient")}', page('mnist')],
       ['Weight mirror, MNIST, 400 epochs: angle of weights and feedback',
        f'{angle("weight_mirror")}; feedback alignment '
        f'{angle("feedback_alignment")}', page('akrout_2019')],

@@ -1,8 +1,8 @@
-"""README and docs: every code block runs or says why not, and every link leads on.
+"""README and docs: code blocks run or say why not, and links lead somewhere.
 
-A block of Python runs after those above it on its page; one of shell runs in a copy
-of the checkout. `<!-- not run: REASON -->` on the line above a block marks one that
-does not; a block without a language is a display, and not run.
+A block of Python runs after those above it on its page; one of shell runs in a
+copy of the checkout. `<!-- not run: REASON -->` on the line above a block marks
+one that does not; a block without a language is a display, and not run.
 """
 
 import os
@@ -24,8 +24,6 @@ _PAGES = sorted([
 _NAMES = [p.relative_to(_ROOT).as_posix() for p in _PAGES]
 _MARK = re.compile(r'<!-- not run: (.+?) -->\s*$')
 _LANGUAGES = ('python', 'sh')
-# What installs, or takes minutes: the rest of CI runs these.
-_ELSEWHERE = re.compile(r'^(pip install|make |\.venv/bin/)')
 
 
 def _blocks(path, language):
@@ -49,7 +47,7 @@ def test_python(name):
   space = {'__name__': '__main__'}
   for line, code in _blocks(_ROOT / name, 'python'):
     # Empty lines before it, so that a traceback has the page's own numbers.
-    exec(compile('\n' * line + code, name, 'exec'), space)  # pylint: disable=exec-used
+    exec(compile('\n' * line + code, name, 'exec'), space)
 
 
 @pytest.mark.parametrize('name', _with('sh'))
@@ -61,10 +59,8 @@ def test_shell(name, tmp_path):
       **os.environ, 'PYTHONPATH': str(tmp_path),
       'PATH': f'{os.path.dirname(sys.executable)}:{os.environ["PATH"]}'}
   for _, code in _blocks(_ROOT / name, 'sh'):
-    lines = [line for line in code.replace('\\\n', ' ').splitlines()
-             if line and not _ELSEWHERE.match(line)]
     done = subprocess.run(
-        ['bash', '-euc', '\n'.join(lines)], cwd=tmp_path, env=environment,
+        ['bash', '-euc', code], cwd=tmp_path, env=environment,
         capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, f'{code}\n{done.stderr[-2000:]}'
 

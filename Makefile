@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 RULES := backprop,feedback_alignment,direct_feedback_alignment,kolen_pollack,forward_gradient
 
-.PHONY: run test check clean
+.PHONY: run test check docs package clean
+PROSE := README.md CONTRIBUTING.md CHANGELOG.md WORKSPACE.md docs
 
 run: $(VENV)/installed
 	$(BIN)/python -m experiments.sweep \
@@ -16,8 +17,18 @@ test: $(VENV)/installed
 	$(BIN)/python -m pytest -q -n 2 --dist=worksteal -rs
 
 check: $(VENV)/installed
-	$(BIN)/ruff check bpjax experiments scripts benchmarks tests
+	$(BIN)/ruff check bpjax experiments scripts benchmarks tests examples docs .ci
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/codespell $(PROSE) bpjax experiments examples scripts benchmarks tests
+	JAX_PLATFORMS=cpu PYTHONPATH=. $(BIN)/python scripts/report.py --check
+
+# Warnings are errors; needs no network.
+docs: $(VENV)/installed
+	JAX_PLATFORMS=cpu $(BIN)/python -m sphinx -b html -W --keep-going -n -q docs docs/_build
+	@echo 'built docs/_build/index.html'
+
+package: $(VENV)/installed
+	$(BIN)/python .ci/package.py
 
 # pyenv's shims exist for versions that are not selected: ask each to answer.
 $(VENV)/installed: setup.cfg pyproject.toml
@@ -27,8 +38,8 @@ $(VENV)/installed: setup.cfg pyproject.toml
 	    exec $$python -m venv $(VENV); fi; done; \
 	  echo 'error: Python 3.11 or newer is needed; name one with' \
 	      'make PYTHON=...' >&2; exit 1
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,docs]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs docs/_build docs/examples

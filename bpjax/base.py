@@ -284,7 +284,11 @@ class Rule(Protocol):
     """Draws the rule's feedback; refuses a network that it cannot train."""
 
   def value_and_grad(self, net: Any, loss: Loss) -> Callable[..., Any]:
-    """`learn(variables, feedback, x, y, key=None)`, see the README."""
+    """Makes `learn(variables, feedback, x, y, key=None)`.
+
+    It returns `((loss, aux), (grads, feedback_grads))`: the mean loss, an `Aux`,
+    and updates in the structures of `variables['params']` and `feedback`.
+    """
 
   def trainable(self, feedback: Tree) -> Tree:
     """A tree of bools: which feedback an optimiser may touch."""

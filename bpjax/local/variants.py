@@ -39,6 +39,8 @@ def variant(
     feedback_scale: float = 1.) -> Any:
   """A rule that trains a network of blocks, by its name in the paper.
 
+  ::
+
     name                     losses                          rule
     BP, FA, DFA              of the network's output         as it says
     FG-W, FG-A               of the network's output         forward gradient

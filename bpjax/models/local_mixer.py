@@ -211,7 +211,7 @@ def local_mixer(
   the first block is two channel layers, every other one a token layer (across
   patches), a channel layer and a grouped channel layer (each group by itself),
   and a residual. A LayerNorm without parameters comes before and after every
-  affine operation:
+  affine operation::
 
     block_0     [B,P,I]      norm > channel, norm > relu
                              > [B,P,G,H/G] norm > group, norm > relu
@@ -221,7 +221,7 @@ def local_mixer(
     readout                  mean over P > norm > dense, weights of 0
 
   Sizes are named by width, patches on each side and groups. Parameters, without
-  the heads of local losses (one dense layer a block):
+  the heads of local losses (one dense layer a block)::
 
     size      blocks  patches  channels  groups  image          backbone
     's/1/1'     1        1        256       1    28x28x1         266,752

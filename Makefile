@@ -16,7 +16,7 @@ test: $(VENV)/installed
 	$(BIN)/python -m pytest -q -n 2 --dist=worksteal -rs
 
 check: $(VENV)/installed
-	$(BIN)/ruff check bpjax experiments scripts benchmarks tests
+	$(BIN)/ruff check bpjax experiments scripts benchmarks tests examples
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 # pyenv's shims exist for versions that are not selected: ask each to answer.

@@ -13,6 +13,7 @@ from bpjax import blocks
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 NORMS = ('post', 'pre')
 _POINTS = {
@@ -100,11 +101,13 @@ def check_tokens(
     raise ValueError(
         f'`mask` must have the shape of `tokens`, {tokens.shape}, got '
         f'{jnp.shape(mask)}.')
-  if not isinstance(tokens, jax.core.Tracer) and tokens.size and not (
-      0 <= int(tokens.min()) and int(tokens.max()) < vocabulary):
+  if isinstance(tokens, jax.core.Tracer) or not tokens.size:
+    return
+  least, most = np.min(tokens), np.max(tokens)
+  if least < 0 or most >= vocabulary:
     raise ValueError(
         f'`tokens` must lie in [0, {vocabulary}), the vocabulary of `{model}`, '
-        f'got {int(tokens.min())} to {int(tokens.max())}.')
+        f'got {least} to {most}.')
 
 
 def sinusoidal(length: int, width: int) -> jax.Array:

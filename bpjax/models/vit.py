@@ -4,7 +4,6 @@ from bpjax import activations
 from bpjax import blocks
 from bpjax import transformer
 import flax.linen as nn
-import jax.numpy as jnp
 
 
 class Vit(transformer.Stack):

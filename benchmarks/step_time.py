@@ -11,7 +11,10 @@ of the compiled step: what it needs beside its arguments and results.
 
 w1: 784-256x5-10 relu, batch 128. w2: 3072-800x3-10 tanh, batch 128. w3:
 ResNet-20, 32x32x3, batch 32, under the rules that train it in reasonable time.
-w4: an encoder of 4 layers, width 256, 4 heads, 64 tokens, batch 16, under the same.
+w4: `bert_encoder` of 4 layers, width 256, 4 heads, 64 tokens, batch 16, without
+dropout, under the same, and direct feedback to every block (`macro`) or three times
+in each (`micro`), local representation alignment, and forward gradient with a loss
+for every block (`LG-FG-A`).
 
 Where PyTorch and BioTorch (Sanfiz and Akrout, 2021) are installed, their rows
 follow, in the same rounds: `torch` is plain PyTorch, and the ratio of BioTorch's
@@ -33,7 +36,6 @@ from absl import app
 from absl import flags
 from absl import logging
 import bpjax
-import encoder
 import jax
 import jax.numpy as jnp
 import optax
@@ -51,7 +53,7 @@ _MODELS = {
     'w1': ((256,) * 5, 'relu', 784),
     'w2': ((800,) * 3, 'tanh', 3072),
     'w3': None,  # ResNet-20.
-    'w4': None,  # An encoder.
+    'w4': None,  # `bert_encoder`.
 }
 # Rules that need layers with their nonlinearity, which ResNet-20 has none of.
 _TARGETS = (
@@ -83,6 +85,17 @@ _RULES = {
     'difference_target_propagation without noise': {'sigma': 0.},
     'equilibrium_propagation': {},
 }
+_W4 = {
+    'direct_feedback_alignment macro': (
+        bpjax.rules.direct_feedback_alignment(placement='boundaries'),
+        bpjax.transformer.points('macro')),
+    'direct_feedback_alignment micro': (
+        bpjax.rules.direct_feedback_alignment(placement='boundaries'),
+        bpjax.transformer.points('micro')),
+    'local_representation_alignment': (
+        bpjax.rules.local_representation_alignment(), ()),
+    'LG-FG-A': (bpjax.variant('LG-FG-A', grouped=False, placement='block'), ()),
+}
 
 
 def workload(name: str, units: str = 'affine'):
@@ -92,7 +105,9 @@ def workload(name: str, units: str = 'affine'):
     return bpjax.models.resnet20(10), x, jnp.arange(32) % 10
   if name == 'w4':
     x = jax.random.randint(jax.random.key(1), (16, 64), 0, 1000)
-    return encoder.Encoder(), x, jnp.arange(16) % 10
+    model = bpjax.models.bert_encoder(
+        10, depth=4, width=256, vocabulary=1000, length=64, dropout=0.)
+    return model, x, jnp.arange(16) % 10
   widths, activation, inputs = _MODELS[name]
   model = bpjax.models.mlp(
       10, widths=widths, activation=activation, units=units)
@@ -121,10 +136,10 @@ def plain_step(model, x, y):
   return step, (params, own, tx.init(params), jax.random.key(5))
 
 
-def rule_step(model, x, y, rule):
+def rule_step(model, x, y, rule, boundaries=()):
   """The same of a rule; fixed feedback is an argument beside the carry."""
   tx = optax.sgd(.01)
-  net = bpjax.from_linen(model)
+  net = bpjax.from_linen(model, boundaries=boundaries)
   variables = net.init(jax.random.key(0), x)
   feedback = rule.init(jax.random.key(2), net, variables, x)
   learn = rule.value_and_grad(net, _LOSS)
@@ -135,7 +150,7 @@ def rule_step(model, x, y, rule):
   def step(carry):
     (params, trained), own, state, key = carry
     now = key
-    if rule.name in _DRAWS:
+    if rule.name.removeprefix('local_') in _DRAWS:
       key, now = jax.random.split(key)
     (value, aux), (grads, feedback_grads) = learn(
         {'params': params, **own}, trained if free else feedback, x, y, key=now)
@@ -210,8 +225,8 @@ def _reference(name, step):
   return 'torch' if isinstance(step, Torch) else 'plain'
 
 
-def _ours(model, x, y, rule):
-  return timing.Compiled(*rule_step(model, x, y, rule))
+def _ours(model, x, y, rule, boundaries=()):
+  return timing.Compiled(*rule_step(model, x, y, rule, boundaries))
 
 
 def main(argv: list[str]) -> None:
@@ -234,6 +249,8 @@ def main(argv: list[str]) -> None:
       chosen = workload(name, 'layer')[0] if kind in _TARGETS else model
       rule = bpjax.rules.get(kind)(**arguments)
       steps[label] = functools.partial(_ours, chosen, x, y, rule)
+    for label, (rule, boundaries) in _W4.items() if name == 'w4' else ():
+      steps[label] = functools.partial(_ours, model, x, y, rule, boundaries)
     if has_biotorch() and name != 'w4':
       steps['torch'] = functools.partial(Torch, name, '', x, y)
       for kind in _BIOTORCH:

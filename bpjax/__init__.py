@@ -10,6 +10,7 @@ from bpjax import rules
 from bpjax import testing
 from bpjax import transformer
 from bpjax.alignment import alignment
+from bpjax.alignment import growth
 from bpjax.base import Activations
 from bpjax.base import Alignment
 from bpjax.base import Aux
@@ -47,6 +48,7 @@ __all__ = (
     'from_function',
     'from_linen',
     'from_nnx',
+    'growth',
     'local',
     'local_losses',
     'losses',

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from bpjax import base
 from bpjax import feedback as feedback_lib
 from bpjax import paths
+from bpjax.local import view as view_lib
 from bpjax.networks import examples
 from bpjax.networks import network
 from bpjax.rules.backprop import backprop
 import jax
 import jax.numpy as jnp
+
+# Of the largest gradient of a unit: cosines with less are withheld.
+_FLOOR = 1e-7
 
 
 def alignment(
@@ -35,6 +39,10 @@ def alignment(
   Returns:
     `measure(variables, feedback, x, y, key=None) -> {unit: Alignment}`, to be
     called under `jax.jit`.
+
+  Where backprop's own gradient of a unit is less than 1e-7 of the largest among
+  the units', its cosines are NaN: they would be those of rounding. `growth` tells
+  whether the residual stream is what made it vanish.
 
   An example without a signal, the rule's or backprop's, is left out of the mean;
   where no example has one, the cosine is NaN.
@@ -85,7 +93,76 @@ def alignment(
           teaching=jnp.nanmean(cosines), teaching_std=jnp.nanstd(cosines),
           update=jnp.asarray(update), weight=jnp.asarray(weight),
           backprop_norm=norm)
-    return result
+    return _withheld(result)
+
+  return measure
+
+
+def _withheld(found):
+  """Without cosines with gradients that are next to nothing.
+
+  Signals of boundaries are compared among themselves: they are no gradients of
+  parameters.
+  """
+  kinds = lambda name: name.endswith(f'/{base.BOUNDARY.lower()}')
+  largest = {
+      kind: jnp.max(jnp.array([
+          a.backprop_norm for n, a in found.items() if kinds(n) == kind] or [0.]))
+      for kind in (False, True)}
+
+  def hide(name, own):
+    low = own.backprop_norm < _FLOOR * largest[kinds(name)]
+    return own._replace(**{
+        field: jnp.where(low, jnp.nan, getattr(own, field))
+        for field in ('teaching', 'teaching_std', 'update')})
+
+  return {name: hide(name, own) for name, own in found.items()}
+
+
+def growth(
+    net: network.Network, blocks: Sequence[str] = ('block_*',)
+) -> Callable[..., dict[str, base.Array]]:
+  r"""Measures how the residual stream grows from block to block.
+
+  .. math::
+    \frac{\|h_{l+1}\|}{\|h_l\|}
+
+  with the norm over the batch. Healthy networks stay below 5; under direct
+  feedback a pre-norm network may come to 100 and more, and then the norm behind
+  the last block leaves next to nothing of backprop's own gradient.
+
+  Args:
+    net: the network.
+    blocks: globs for the modules that are blocks.
+
+  Returns:
+    `measure(variables, x, key=None) -> {block: ratio}` for every block but the
+    first, in training mode, to be called under `jax.jit`.
+
+  Raises:
+    ValueError: when called, for a glob without a module.
+
+  Example:
+    >>> import bpjax, flax.linen as nn, jax, jax.numpy as jnp
+    >>> net = bpjax.from_linen(nn.Sequential([nn.Dense(4), nn.Dense(4)]))
+    >>> x = jnp.ones((2, 4))
+    >>> variables = net.init(jax.random.key(0), x)
+    >>> list(bpjax.growth(net, ['layers_*'])(variables, x))
+    ['layers_1']
+  """
+  view = view_lib.View(
+      net, blocks, lambda i, count: False, (), lambda *block: None)
+
+  def measure(variables, x, key=None):
+    view.survey(variables, x)
+    state = [c for c in variables if c != 'params']
+    output, _ = view.run(
+        variables, x, lambda call: call.original(), key, state)
+    norms = {n: jnp.linalg.norm(jnp.ravel(h).astype(
+        jnp.promote_types(h.dtype, jnp.float32)))
+             for n, h in output['blocks'].items()}
+    return {n: norms[n] / norms[before]
+            for before, n in zip(norms, list(norms)[1:])}
 
   return measure
 

@@ -319,7 +319,8 @@ class Engine(Rule, Protocol):
 class Alignment(NamedTuple):
   """How close one unit's learning is to backprop. Cosines, in [-1, 1].
 
-  A cosine is NaN where one of its sides is not there or is exactly zero.
+  A cosine is NaN where one of its sides is not there or is exactly zero, and where
+  backprop's own gradient is less than 1e-7 of the largest unit's.
 
   Attributes:
     teaching: mean over examples of the cosine between the rule's teaching

@@ -390,5 +390,60 @@ class MaskTest(parameterized.TestCase):
     jax.tree.map(close, one, other)
 
 
+class _Layers(nn.Module):
+  """A readout that sends next to nothing on, and a stream that grows."""
+  shrink: float = 1.
+  grow: float = 1.
+
+  @nn.compact
+  def __call__(self, x):
+    for i in range(3):
+      x = nn.Dense(
+          4, use_bias=False, name=f'block_{i}',
+          kernel_init=lambda *a: self.grow * jnp.eye(4))(x)
+    return nn.Dense(3, name='readout')(self.shrink * x)
+
+
+class DiagnosisTest(parameterized.TestCase):
+
+  @parameterized.parameters((1., False), (1e-5, False), (1e-9, True))
+  def test_cosines_with_nothing_are_withheld(self, shrink, withheld):
+    net = bpjax.from_linen(_Layers(shrink))
+    x, y = jnp.ones((4, 4)) / shrink, jnp.arange(4) % 3
+    rule = RULES.feedback_alignment()
+    variables = net.init(jax.random.key(0), x)
+    feedback = rule.init(jax.random.key(1), net, variables, x)
+    x = jnp.ones((4, 4))
+    # The readout reads the input as it is: its own gradient stays.
+    variables['params']['readout']['kernel'] = jnp.ones((4, 3)) * jnp.arange(3)
+    found = bpjax.alignment(net, LOSS, rule)(variables, feedback, x, y)
+    self.assertTrue(np.isfinite(found['readout'].update))
+    self.assertEqual(bool(np.isnan(found['block_0'].update)), withheld)
+    self.assertEqual(bool(np.isnan(found['block_0'].teaching)), withheld)
+    self.assertTrue(np.isfinite(found['block_0'].backprop_norm))
+
+  def test_growth(self):
+    net = bpjax.from_linen(_Layers(grow=3.))
+    x = jnp.ones((4, 4))
+    found = bpjax.growth(net)(net.init(jax.random.key(0), x), x)
+    self.assertEqual(list(found), ['block_1', 'block_2'])
+    np.testing.assert_allclose(list(found.values()), 3., rtol=1e-6)
+
+  def test_frozen_blocks(self):
+    model, x, y = small('bert_encoder')
+    net, rule = bpjax.from_linen(model), RULES.backprop()
+    variables = jax.jit(net.init)(jax.random.key(0), x)
+    tx = bpjax.optimizer(optax.adamw(1e-2), rule, {}, frozen=['block_*'])
+    trees = variables['params'], {}
+    _, grads = zoo.learn(rule, net)(variables, {}, x, y)
+    updates, _ = jax.jit(tx.update)(grads, tx.init(trees), trees)
+    for name, leaf in zip(
+        bpjax.paths.leaf_names(updates[0]), jax.tree.leaves(updates[0])):
+      self.assertEqual(
+          bool(np.asarray(leaf).any()), not name.startswith('block_'), name)
+    with self.assertRaisesRegex(ValueError, 'matches no parameter'):
+      bpjax.optimizer(optax.sgd(1.), rule, {}, frozen=['layer_*']).init(trees)
+
+
 if __name__ == '__main__':
   absltest.main()

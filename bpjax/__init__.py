@@ -8,6 +8,7 @@ from bpjax import paths
 from bpjax import replicated
 from bpjax import rules
 from bpjax import testing
+from bpjax import transformer
 from bpjax.alignment import alignment
 from bpjax.base import Activations
 from bpjax.base import Alignment
@@ -56,6 +57,7 @@ __all__ = (
     'replicated',
     'rules',
     'testing',
+    'transformer',
     'variant',
     'variants',
 )

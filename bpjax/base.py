@@ -60,6 +60,10 @@ class Signal(NamedTuple):
       none (`rule.bind`).
     step: how many steps were taken before this one, for a rule that counts them
       (`counts=True`); else None.
+    mask: bool `[batch, positions]`, True where a position is real, where the
+      model was given one (`from_linen(mask=...)`); else None. The exact VJP of a
+      masked model brings nothing to the other positions; what a rule makes
+      beside it must be 0 there (`bpjax.networks.examples.only_real`).
   """
   teaching: Array
   error: Array | None
@@ -67,6 +71,7 @@ class Signal(NamedTuple):
   divisor: int = 1
   target: Any = None
   step: Array | None = None
+  mask: Array | None = None
 
 
 class Credit(NamedTuple):
@@ -135,6 +140,7 @@ class UnitInfo:
       but a reshape, pooling, a mask (dropout) or a constant factor; or None.
     readers: the units whose first input is this unit's output, in that sense.
     outs: shape and dtype of every unit's output, in the order of the calls.
+    pres: those of the outputs of affine operations, boundaries among the units.
     block: the block whose loss teaches the unit first, under `bpjax.local`;
       '' where that is the model's own.
     operation: the primitive of the affine operation, such as `dot_general`.
@@ -162,6 +168,8 @@ class UnitInfo:
   reads: tuple[str | None, ...] = ()
   readers: tuple[str, ...] = ()
   outs: Mapping[str, jax.ShapeDtypeStruct] = dataclasses.field(
+      default_factory=dict)
+  pres: Mapping[str, jax.ShapeDtypeStruct] = dataclasses.field(
       default_factory=dict)
   block: str = ''
   operation: str = ''

@@ -7,6 +7,7 @@ import inspect
 from typing import Any, Callable
 
 import jax
+import jax.numpy as jnp
 
 _FLAGS = {
     'train': True, 'training': True, 'is_training': True,
@@ -61,6 +62,31 @@ def arguments(x: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
   if isinstance(x, tuple) and not hasattr(x, '_fields'):
     return x, {}
   return (x,), {}
+
+
+def mask(x: Any, name: str) -> jax.Array | None:
+  """Which positions of each example are real, where the model is told.
+
+  Args:
+    x: the model's input.
+    name: of the keyword argument that says so.
+
+  Returns:
+    bool `[batch, positions]`; None without such an argument, or where it has
+    another shape (a mask of pairs of positions, say).
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> x = Inputs(jnp.ones((2, 3), int), mask=jnp.array([[1, 1, 0], [1, 1, 1]]))
+    >>> mask(x, 'mask').tolist()[0]
+    [True, True, False]
+  """
+  found = x.kwargs.get(name) if isinstance(x, Inputs) else None
+  size = next((jnp.shape(leaf)[0] for leaf in jax.tree.leaves(x)
+               if jnp.ndim(leaf)), None)
+  if found is None or jnp.ndim(found) != 2 or found.shape[0] != size:
+    return None
+  return jnp.asarray(found) != 0
 
 
 def names(function: Callable[..., Any]) -> frozenset[str]:

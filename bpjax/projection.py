@@ -17,70 +17,108 @@ import jax
 import jax.numpy as jnp
 
 
-def feedback_shape(info: base.UnitInfo) -> tuple[int, ...]:
-  """The shape of a unit's feedback, `[n_out, *features of its input]`."""
-  n_out, features, _ = _layout(info)
-  return (n_out, *features)
+def feedback_shape(
+    info: base.UnitInfo, error: Any = None) -> tuple[int, ...]:
+  """The shape of a unit's feedback, `[n_out, *features of its input]`.
 
-
-def _layout(info):
-  """n_out, the feature shape, and how positions are handled.
-
-  'whole': one projection of the whole error to the whole input; 'broadcast':
-  the whole error to every position; 'each': position by position.
+  Args:
+    info: the unit.
+    error: shape of the error that is projected; default that of the output.
   """
-  shape = jax.eval_shape(
-      lambda x: examples.first(x, _place(info)),
-      info.inputs[read_input(info)]).shape
-  error = info.net_output.shape[1:]
-  feature_axes = info.feature_axes if info.positionwise else 1
-  positions = shape[1:len(shape) - feature_axes]
-  features = shape[len(shape) - feature_axes:]
-  if positions and positions == error[:-1]:
-    return error[-1], features, 'each'
-  if positions and info.positionwise:
-    return math.prod(error), features, 'broadcast'
-  return math.prod(error), shape[1:], 'whole'
+  shape = _first_shape(info.inputs[read_input(info)], _place(info))
+  error = (error or info.net_output).shape
+  n_out, features, _ = layout(
+      error, shape, info.feature_axes if info.positionwise else 0)
+  return (math.prod(n_out), *features)
+
+
+def layout(
+    error: tuple[int, ...], shape: tuple[int, ...], feature_axes: int
+) -> tuple[tuple[int, ...], tuple[int, ...], str]:
+  """How an error is projected to an array.
+
+  Args:
+    error: the error's shape, batch axis included.
+    shape: the array's, with its examples first.
+    feature_axes: how many of its last axes are features, where the unit treats
+      the positions before them alike; else 0.
+
+  Returns:
+    The axes of the error that are summed over; those that the projection makes;
+    and how: 'whole' (one projection of the whole error to the whole array),
+    'broadcast' (the whole error to every position) or 'each' (position by
+    position).
+  """
+  axes = feature_axes or 1
+  positions, features = shape[1:len(shape) - axes], shape[len(shape) - axes:]
+  if positions and positions == error[1:-1]:
+    return error[-1:], features, 'each'
+  if positions and feature_axes:
+    return error[1:], features, 'broadcast'
+  return error[1:], shape[1:], 'whole'
 
 
 def project(
-    info: base.UnitInfo, error: base.Array, weights: base.Tree, x: base.Array
-) -> base.Array:
+    info: base.UnitInfo, error: base.Array, weights: base.Tree, x: base.Array,
+    mask: base.Array | None = None) -> base.Array:
   """The message to a unit's input `x` that its projection makes of an error.
 
   Args:
     info: the unit.
-    error: in the shape of the model's output.
+    error: in the shape of the model's output, or of another unit's.
     weights: B of the unit, of shape `feedback_shape(info)` (or sparse).
     x: the unit's input; only its shape and dtype matter.
+    mask: bool `[batch, positions]`, or None; see `spread`.
 
   Returns:
     An array in the shape of `x`.
   """
-  _, features, mode = _layout(info)
-  if mode == 'each':
-    message = _times(error, weights)
-  else:
-    message = _times(error.reshape(error.shape[0], -1), weights)
-  if mode == 'broadcast':
-    whole = jax.eval_shape(lambda x: examples.first(x, _place(info)), x).shape
-    positions = whole[1:len(whole) - len(features)]
-    message = message.reshape(
-        message.shape[0], *(1,) * len(positions), *features)
-    message = message / math.sqrt(math.prod(positions))
-    message = jnp.broadcast_to(message, whole)
-  return examples.back(message.astype(x.dtype), x.shape, _place(info))
+  return spread(
+      error, weights, x, _place(info),
+      info.feature_axes if info.positionwise else 0, mask)
+
+
+def spread(
+    error: base.Array, weights: base.Tree, x: base.Array,
+    place: examples.Place | None, feature_axes: int,
+    mask: base.Array | None = None) -> base.Array:
+  """Projects an error to the shape of `x`, see `layout`.
+
+  One that is shared by positions is divided by the root of their number. A
+  position that the mask hides gets nothing, and is none of that number.
+  """
+  shape = _first_shape(x, place)
+  _, features, how = layout(error.shape, shape, feature_axes)
+  if how != 'each':
+    error = error.reshape(error.shape[0], -1)
+  message = _times(error, weights)
+  if how == 'broadcast':
+    positions = shape[1:len(shape) - len(features)]
+    ones = (1,) * (len(positions) + len(features))
+    count = jnp.full(shape[0], math.prod(positions), message.dtype)
+    if mask is not None and mask.shape[1:] == positions:
+      count = jnp.maximum(jnp.sum(mask, axis=1, dtype=message.dtype), 1)
+    message = message.reshape(shape[0], *ones[len(features):], *features)
+    message = message / jnp.sqrt(count).reshape(-1, *ones)
+    message = jnp.broadcast_to(message, shape)
+  message = examples.back(message.astype(x.dtype), x.shape, place)
+  return examples.only_real(message, mask, place)
 
 
 def messages(
-    unit: base.BoundUnit, error: base.Array, weights: base.Tree
-) -> tuple[base.Array | None, ...]:
+    unit: base.BoundUnit, error: base.Array, weights: base.Tree,
+    mask: base.Array | None = None) -> tuple[base.Array | None, ...]:
   """The messages of a unit that projects an error: to one input, if to any."""
   read = read_input(unit.info)
   return tuple(
-      project(unit.info, error, weights, x)
+      project(unit.info, error, weights, x, mask)
       if i == read and sends(unit.info) else None
       for i, x in enumerate(unit.inputs))
+
+
+def _first_shape(x, place):
+  """The shape of an array with its examples first."""
+  return jax.eval_shape(lambda x: examples.first(x, place), x).shape
 
 
 def dtype(params: base.Tree, info: base.UnitInfo) -> Any:

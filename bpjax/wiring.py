@@ -54,24 +54,53 @@ class Wiring:
         'chain_in_gap': -1 if i == top else i + 1,
         'meta': -1 if i == top else top}[self.wiring]]
 
-  def is_direct(self, unit: str, outs: Sequence[str]) -> bool:
-    """Whether a unit's wire is a matrix of its own, whoever reads the unit."""
-    if self.wiring in ('chain_in_gap', 'meta'):
-      order = tuple(outs)
-      return self.all_direct or order.index(unit) == self._top_of(unit, order)
-    return self.wiring == 'direct' or self.all_direct
+  def is_direct(self, unit: str, info: base.UnitInfo) -> bool:
+    """Whether a unit's wire is a matrix of its own, whoever reads the unit.
+
+    Args:
+      unit: the unit.
+      info: of this one, or of another of its rule.
+    """
+    order = tuple(info.outs)
+    if self.wiring in ('chain_in_gap', 'meta') and (
+        order.index(unit) == self._top_of(unit, order)):
+      return True
+    source = self.source_of(unit, order)
+    return (self.wiring == 'direct' or self.all_direct
+            or _reshapes(unit, info) or _reshapes(source, info))
+
+  def is_carried(self, unit: str, info: base.UnitInfo) -> bool:
+    """Whether the reader's error has the shape of this unit's output.
+
+    Then the reader hands it down as it is to a unit with a matrix of its own.
+    """
+    source = self.source_of(unit, tuple(info.outs))
+    return (self.wiring != 'direct' and not self.all_direct
+            and (_reshapes(unit, info) or _reshapes(source, info))
+            and info.outs[source].shape == info.outs[unit].shape)
 
   def is_neighbour(self, info: base.UnitInfo) -> bool:
     """Whether the error comes from a unit that reads this one's output."""
     return (self.source_of(info.name, tuple(info.outs)) in info.readers
-            and not self.is_direct(info.name, tuple(info.outs)))
+            and (not self.is_direct(info.name, info)
+                 or self.is_carried(info.name, info)))
+
+  def below(self, info: base.UnitInfo) -> str | None:
+    """The unit that this one reads, if that gets its error from this one."""
+    below = info.reads[0] if info.reads else None
+    taught = below is not None and (
+        self.source_of(below, tuple(info.outs)) == info.name)
+    return below if taught else None
 
   def teaches_below(self, info: base.UnitInfo) -> bool:
-    """Whether the unit that this one reads gets its error from this one."""
-    outs = tuple(info.outs)
-    below = info.reads[0] if info.reads else None
-    return (below is not None and self.source_of(below, outs) == info.name
-            and not self.is_direct(below, outs))
+    """Whether this unit's feedback brings its error to the unit that it reads."""
+    below = self.below(info)
+    return below is not None and not self.is_direct(below, info)
+
+  def hands_down(self, info: base.UnitInfo) -> bool:
+    """Whether the unit that it reads brings this unit's error to itself."""
+    below = self.below(info)
+    return below is not None and self.is_carried(below, info)
 
   def port(self, info: base.UnitInfo) -> str | None:
     """What a unit reads directly: 'output', a unit, or None."""
@@ -102,13 +131,13 @@ class Wiring:
           '(`from_linen(boundaries=...)`).')
     if source is None or info.kind == base.BOUNDARY:
       return
-    if info.pre.shape != info.out.shape:
+    if info.pre.shape[:-1] != info.out.shape[:-1]:
       raise ValueError(
-          f'unit `{name}` must put out the shape of its affine operation, '
+          f'unit `{name}` must put out the positions of its affine operation, '
           f'{info.pre.shape}, got {info.out.shape}; keep pooling outside.')
     next_one = outs[outs.index(name) + 1]
     if (isinstance(self.wiring, str) and source == next_one
-        and not self.is_neighbour(info) and not self.is_direct(name, outs)
+        and not self.is_neighbour(info) and not self.is_direct(name, info)
         and not (source in units and units[source].kind == base.BOUNDARY)):
       raise ValueError(
           f'a target of unit `{name}` cannot come from `{source}`: between '
@@ -121,6 +150,15 @@ class Wiring:
       raise ValueError(
           f'unit `{name}` cannot read the error of `{source}`, which has its '
           "examples on another axis than the first; wire it to 'output'.")
+
+
+def _reshapes(unit, info):
+  """Whether a unit puts out another shape than its affine operation.
+
+  As attention does, on queries, keys and values in one.
+  """
+  pre = info.pres.get(unit)
+  return pre is not None and pre.shape != info.outs[unit].shape
 
 
 def _check_sources(wiring, order):

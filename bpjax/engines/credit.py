@@ -73,8 +73,10 @@ class Rule:
       has to say so itself.
     segment: how much of what follows a unit's affine operation is the unit's
       own, for rules that move its pre-activation: 'shape' (up to the last value
-      of the pre-activation's shape before another unit reads it), 'rank' (the
-      last of its rank: pooling too), 'last'; None: nothing.
+      of the pre-activation's shape before another unit reads it),
+      'shape_or_last' (where there is none, all of it: attention on queries,
+      keys and values in one), 'rank' (the last of its rank: pooling too),
+      'last'; None: nothing.
     weight_target: `(units, params, feedback) -> {unit: weights}`: what the
       rule's weights should align with, for `bpjax.alignment`; or None.
   """
@@ -399,7 +401,7 @@ class Rule:
     visit = functools.partial(
         self._visit, infos=self._told(survey.units.infos), shared=shared,
         divisor=lambda unit: reduction_lib.divisor(reduction, unit, count),
-        target=y, step=shared.get(STEP))
+        told=(y, shared.get(STEP), net.real(x)))
 
     def forward(params, feedback, probes, taps):
       own = {k: v for k, v in feedback.items() if k != SHARED}
@@ -512,8 +514,7 @@ class Rule:
     return targets
 
   def _visit(
-      self, call, infos, shared, divisor=lambda unit: 1, target=None,
-      step=None):
+      self, call, infos, shared, told, divisor=lambda unit: 1):
     """Answers for one call of one unit: the unit under `custom_vjp`."""
     info = infos[call.name]
     label, rule = self.rule_for(call.name)
@@ -521,7 +522,8 @@ class Rule:
     if info.kind == base.BOUNDARY and probe is not None:
       # What counts here is what the boundary hands down, not what it gets.
       call.inputs, probe = (call.inputs[0] + probe,), None
-    if _passes_on(info, rule):
+    tap = call.read(base.TAPS, 'tap')
+    if _passes_on(info, rule) and tap is None:
       return call.original()
     feedback = call.read(base.FEEDBACK) if rule.keeps_feedback else None
     if feedback is None:
@@ -534,8 +536,8 @@ class Rule:
         call.unit, info, rule, read, source == 'output',
         divisor(call.name))(
         call.params, feedback, call.taught_inputs(), key,
-        call.read(base.TAPS, 'tap'), call.read(base.TAPS, 'readout'),
-        (target, step))
+        tap, call.read(base.TAPS, 'readout'),
+        told)
     if port is not None:
       call.write(base.PORTS, port, 'port')
     return out if probe is None else out + probe
@@ -578,7 +580,8 @@ class Rule:
       output, state_out = seen.run(
           {**variables, base.FEEDBACK: own}, x,
           functools.partial(
-              self._visit, infos=infos, shared=feedback.get(SHARED, {})),
+              self._visit, infos=infos, shared=feedback.get(SHARED, {}),
+              told=(None, None, seen.real(x))),
           key, state)
       if not mutable:
         return output

@@ -20,6 +20,7 @@ from bpjax.engines import credit
 from bpjax.engines import random_bits
 from bpjax.engines import reduction as reduction_lib
 from bpjax.local import located
+from bpjax.networks import examples
 from bpjax.networks import network
 from bpjax.networks import reach as reach_lib
 from bpjax.networks import trace as trace_lib
@@ -309,7 +310,7 @@ class Plan:
     found = _found(net, traced, judge, bool(rule.epsilon))
     self._entries = traced.entries
     self._exact = exact_calls(traced) if rule.exact_readout else set()
-    taught, noise, reached = set(), {}, {}
+    taught, noise, reached, around_of = set(), {}, {}, {}
     for step, around in traced.plan.walk():
       if step.how not in ('unit', 'contact'):
         continue
@@ -320,11 +321,13 @@ class Plan:
       taught.update(leaf for v in step.params.values() for leaf in v.leaves)
       name = f'{step.name}/call_{step.index}'.removeprefix('/')
       noise[name] = credit.zeros_like_output(step.stacked(around))
+      around_of[name] = noise[name].ndim - step.out.aval.ndim
       reached[f'0/{name}'] = found.places[call]
     if rule.perturb == 'weight':
       noise = {}
     else:  # Parameters that no perturbed output can teach.
       taught = set()
+    self._real, self._around = net.real(x), around_of
     self.noise = paths.nest(noise)
     self.perturbed = {
         k: p for k, p in self.params.items()
@@ -445,9 +448,18 @@ class Plan:
     """The same for one of several samples, of which no other is read."""
     return self.masked(self._drawn(key))
 
+  def _only_real(self, name, u):
+    """The noise of a place without that of hidden positions."""
+    hide = lambda u: examples.only_real(u, self._real)
+    for _ in range(self._around[name]):
+      hide = jax.vmap(hide)
+    return hide(u)
+
   def _drawn(self, key):
     leaves, structure = jax.tree.flatten((self.noise, self.perturbed))
     u, v = jax.tree.unflatten(structure, self._rule.directions(key, leaves))
+    if self._real is not None:
+      u = paths.map_with_name(self._only_real, u)
     if self._rule.noise == 'shared':
       u = jax.tree.unflatten(jax.tree.structure(u), [
           _as_the_first(leaf, _examples(reached))

@@ -19,6 +19,7 @@ from bpjax.engines import base as engine
 from bpjax.engines import checks
 from bpjax.engines import credit
 from bpjax.engines import reduction as reduction_lib
+from bpjax.networks import examples
 from bpjax.networks import network
 import jax
 import jax.numpy as jnp
@@ -175,7 +176,7 @@ class _System:
 
   def __init__(self, rule, net, variables, x, key, train=True):
     self._rule, self._net, self._x, self._key = rule, net, x, key
-    self._train = train
+    self._train, self._mask = train, net.real(x)
     self._params = variables['params']
     self._survey = net.survey(variables, x)
     self._infos = self._survey.units.infos
@@ -221,7 +222,10 @@ class _System:
       drive = call.read(base.PARTICLES, _DRIVE)
       if drive is None:
         drive = call.unit.affine(call.params, call.inputs)
-      call.write(base.PARTICLES, jnp.sum(.5 * s**2) - jnp.sum(drive * out), _ENERGY)
+      real = lambda term: examples.only_real(term, self._mask, info.examples)
+      call.write(
+          base.PARTICLES, jnp.sum(real(.5 * s**2)) - jnp.sum(real(drive * out)),
+          _ENERGY)
       return out
 
     output, collections = self._run(params, states, visit)

@@ -18,6 +18,7 @@ from bpjax.engines import reduction as reduction_lib
 from bpjax.local import located
 from bpjax.local import losses as local_losses
 from bpjax.local import view as view_lib
+from bpjax.networks import examples
 from bpjax.networks import network
 from bpjax.networks import reach as reach_lib
 import jax
@@ -334,7 +335,7 @@ class Local:
 
   def _pass(self, view, loss, variables, feedback, x, y, key, reduction, i):
     """Value, aux, summed updates, those of the heads, and number of losses."""
-    losses = self._losses(i, view, feedback, loss, y)
+    losses = self._losses(i, view, feedback, loss, x, y)
     if isinstance(self.rule, credit.Rule):
       value, aux, grads, count = self.rule.differentiate(
           view, losses.of_output, variables, feedback['rule'], x, y, key,
@@ -347,16 +348,18 @@ class Local:
     aux = aux._replace(output=aux.output[view_lib.OUTPUT])
     return value, aux, updates, losses.heads, count
 
-  def _losses(self, i, view, feedback, loss, y):
+  def _losses(self, i, view, feedback, loss, x, y):
     # A readout that is alone has one loss to learn from, in the first pass.
     again = i > 0 and self.readout == 'detached'
-    return Losses(self, view, feedback['heads'], loss, y, 0. if again else 1.)
+    return Losses(
+        self, view, feedback['heads'], loss, y, 0. if again else 1.,
+        view.real(x))
 
   def signals(self, net, loss, variables, feedback, x, y, key):
     """As `bpjax.engines.credit.Rule.signals`; of several passes, the sum."""
     answers = []
     for i, view in enumerate(self.views(net)):
-      losses = self._losses(i, view, feedback, loss, y)
+      losses = self._losses(i, view, feedback, loss, x, y)
       how = (dict(settle=losses.settle_ports)
              if isinstance(self.rule, credit.Rule) else dict(judge=losses))
       answers.append(self.rule.signals(
@@ -380,8 +383,9 @@ class Losses(located.Judge):
     heads: block -> the summed gradient of its head, once `settle` was called.
   """
 
-  def __init__(self, local, view, heads, loss, y, of_output=1.):
+  def __init__(self, local, view, heads, loss, y, of_output=1., mask=None):
     super().__init__(local.placement, local.groups, local.grouped)
+    self._mask = mask
     self._local, self._view, self._params = local, view, heads
     self._loss, self._y, self._share = loss, y, of_output
     self.heads = {}
@@ -422,6 +426,21 @@ class Losses(located.Judge):
     prediction = self._local.loss.predict(
         self._params[name], self.flat(features))
     return self._local.loss.loss(prediction, self._y, self._loss)
+
+  def flat(self, features: base.Array) -> base.Array:
+    """What a head reads: of the positions that are real alone.
+
+    Where it takes the mean over all, they are weighed to make it that over those.
+    """
+    features, mask = super().flat(features), self._mask
+    if mask is None or features.ndim < 3 or features.shape[:2] != mask.shape:
+      return features
+    features = examples.only_real(features, mask)
+    if not self._local.loss.pooled:
+      return features
+    count = jnp.maximum(jnp.sum(mask, axis=1), 1).astype(features.dtype)
+    return features * (mask.shape[1] / count).reshape(
+        -1, *(1,) * (features.ndim - 1))
 
   def _differentiate(self, outputs):
     """Losses, errors of what blocks put out, errors of their predictions."""

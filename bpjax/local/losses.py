@@ -33,12 +33,14 @@ class LocalLoss:
     differentiable_only: whether finite differences of an example's loss are not
       its part of the gradient: where something that moves is held constant, as
       by a stop-gradient, or where examples have a part in each other's losses.
+    pooled: whether it reads the mean over positions.
   """
   name: str
   init: Callable[[base.Key, Any, Any], base.Tree]
   predict: Callable[[base.Tree, base.Array], Any]
   loss: Callable[[Any, Any, base.Loss], base.Array]
   differentiable_only: bool = False
+  pooled: bool = True
 
 
 def prediction(
@@ -93,7 +95,7 @@ def prediction(
 
   return LocalLoss(
       'prediction', init, predict,
-      lambda output, y, default: (loss or default)(output, y))
+      lambda output, y, default: (loss or default)(output, y), pooled=pooled)
 
 
 def similarity(

@@ -42,7 +42,7 @@ class View(network.Network):
       error: `(block, names, block output, output) -> shape` of the error that
         the ports of its units read; None for a block without a loss.
     """
-    super().__init__(net.boundaries)
+    super().__init__(net.boundaries, mask=net.mask)
     self._net, self._stops, self._error = net, stops, error
     self._marks = _Marks(blocks, tuple(enters))
     self.names, self.outputs, self.cuts = None, {}, None

@@ -56,3 +56,28 @@ def _parts(shape, place):
   parts = [shape[axis] // (stride * count), count, stride]
   kept = [n for i, n in enumerate(parts) if n > 1 or i == 1]
   return axis, kept, int(parts[0] > 1)
+
+
+def only_real(
+    x: base.Array, mask: base.Array | None, place: Place | None = None
+) -> base.Array:
+  """`x` with zeros at the positions that a mask hides.
+
+  Args:
+    x: an array.
+    mask: bool `[batch, positions]`, True at real positions; None: all are.
+    place: where the examples of `x` lie. An array without such positions, next
+      to its examples and before its features, stays as it is.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> only_real(jnp.ones((1, 2, 1)), jnp.array([[True, False]])).tolist()
+    [[[1.0], [0.0]]]
+  """
+  if mask is None:
+    return x
+  whole = first(x, place)
+  if whole.ndim < 3 or whole.shape[:2] != mask.shape:
+    return x
+  own = mask.reshape(*mask.shape, *(1,) * (whole.ndim - 2))
+  return back(jnp.where(own, whole, 0), x.shape, place)

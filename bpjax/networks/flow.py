@@ -11,7 +11,7 @@ from jax.extend.core import Literal
 import jax.numpy as jnp
 
 # Shape, pooling, masks and constant factors: a message passes them.
-_TRANSPARENT = {
+TRANSPARENT = {
     'reshape', 'squeeze', 'expand_dims', 'transpose', 'broadcast_in_dim', 'copy',
     'convert_element_type', 'slice', 'pad', 'mul', 'div', 'select_n',
     'reduce_window_max', 'reduce_window_sum', 'reduce_sum', 'reduce_max', 'name',
@@ -135,7 +135,7 @@ def _through(eqn, before):
   if eqn.primitive.name == 'stop_gradient':
     return _Origin(None, front)
   known = [o.unit for o in before if o.unit is not None]
-  own = eqn.primitive.name in _TRANSPARENT and len(known) == 1
+  own = eqn.primitive.name in TRANSPARENT and len(known) == 1
   others = frozenset().union(
       *(o.front for o in before if o.unit is None)) if own else front
   return _Origin(known[0] if own and not others else None, front)

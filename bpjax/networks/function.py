@@ -14,7 +14,8 @@ STATE = 'state'  # The collection of a function's state.
 
 
 def from_function(
-    apply: Callable[..., Any], *, state: bool = False) -> Network:
+    apply: Callable[..., Any], *, state: bool = False, mask: str = 'mask'
+) -> Network:
   """Makes a network of units out of any pure function of parameters and data.
 
   Units are the products, convolutions and lookups in which one operand is made
@@ -28,6 +29,7 @@ def from_function(
       `is_training` (whether this is training) and `deterministic` (the
       opposite).
     state: whether the function takes and returns a state.
+    mask: as in `bpjax.from_linen`.
 
   Returns:
     A `Network`. Its variables are `{'params': params}`, with a state `{'params':
@@ -54,14 +56,14 @@ def from_function(
     raise ValueError(
         f'`apply` must be a function, got {type(apply).__name__}; pass '
         '`lambda params, x: ...`.')
-  return Network(apply, state)
+  return Network(apply, state, mask)
 
 
 class Network(network.Network):
   """A function seen as units. Made by `from_function`."""
 
-  def __init__(self, apply: Callable[..., Any], state: bool):
-    super().__init__()
+  def __init__(self, apply: Callable[..., Any], state: bool, mask: str):
+    super().__init__(mask=mask)
     self._apply, self._has_state = apply, state
     self.flags = inputs_lib.flags(apply)
     self._takes_key = 'key' in inputs_lib.names(apply)

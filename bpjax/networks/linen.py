@@ -34,6 +34,7 @@ def from_linen(
     rngs: Sequence[str] = ('dropout',),
     boundaries: Sequence[str] = (),
     norm_gain_transport: str = 'exact',
+    mask: str = 'mask',
 ) -> Network:
   """Makes a network of units out of any Flax linen model, which stays as it is.
 
@@ -62,6 +63,10 @@ def from_linen(
       'exact': times the gain itself, a mild transport of weights, in every
       rule; 'feedback_diag': times a fixed diagonal of ones, at which gains
       begin. The gain's own gradient is exact in both.
+    mask: the keyword argument of the call, `bpjax.Inputs(tokens, mask=...)`, that
+      tells which positions are real, `[batch, positions]`, not 0 at those: what
+      rules make beside exact derivatives (projected errors, targets, noise)
+      leaves the others out. A model that takes no such argument has no mask.
 
   Returns:
     A `Network`.
@@ -85,7 +90,7 @@ def from_linen(
     eval_args = inputs_lib.opposite(found)
   return Network(
       model, is_unit, dict(train_args), dict(eval_args), tuple(rngs),
-      tuple(boundaries), norm_gain_transport)
+      tuple(boundaries), norm_gain_transport, mask)
 
 
 class Network(network.Network):
@@ -93,11 +98,12 @@ class Network(network.Network):
 
   def __init__(
       self, model, is_unit, train_args, eval_args, rngs, boundaries,
-      norm_gain_transport):
+      norm_gain_transport, mask):
     unit_lib.check_gain_transport(norm_gain_transport)
     chosen = is_unit or (lambda module: False)
     super().__init__(
-        boundaries, lambda m: isinstance(m, bpjax_nn.Layer) or chosen(m))
+        boundaries, lambda m: isinstance(m, bpjax_nn.Layer) or chosen(m),
+        mask)
     self.model = model
     self._transports_gain = norm_gain_transport == 'exact'
     self._train_args, self._eval_args = train_args, eval_args

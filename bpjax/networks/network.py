@@ -13,6 +13,7 @@ from typing import Any
 
 from bpjax import base
 from bpjax import feedback as feedback_lib
+from bpjax import inputs as inputs_lib
 from bpjax import paths
 from bpjax.engines import reduction as reduction_lib
 from bpjax.networks import flow as flow_lib
@@ -118,8 +119,9 @@ class Network:
 
   def __init__(
       self, boundaries: Sequence[str] = (),
-      chosen: Callable[[Any], bool] = lambda module: False):
-    self.boundaries = tuple(boundaries)
+      chosen: Callable[[Any], bool] = lambda module: False,
+      mask: str = 'mask'):
+    self.boundaries, self.mask = tuple(boundaries), mask
     self.views: dict[Any, Any] = {}  # Of `bpjax.local`: what cuts it -> the result.
     self._surveys: dict[Any, survey_lib.Survey] = {}
     self._latest: survey_lib.Survey | None = None
@@ -144,6 +146,10 @@ class Network:
           '`net.units` is not known before the network has seen an input; call '
           '`net.init(key, x)` or `rule.init` first.')
     return self._latest.units
+
+  def real(self, x: Any) -> base.Array | None:
+    """Which positions of the input are real, bool `[batch, positions]`, or None."""
+    return inputs_lib.mask(x, self.mask)
 
   def survey(self, variables: Mapping[str, Any], x: Any) -> survey_lib.Survey:
     """What is known of the units for inputs of this shape; traced once."""

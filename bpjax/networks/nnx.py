@@ -35,8 +35,8 @@ class Feedback(nnx.Variable):
 
 def from_nnx(
     module: nnx.Module, *, is_unit: Callable[[nnx.Module], bool] | None = None,
-    boundaries: Sequence[str] = (), norm_gain_transport: str = 'exact'
-) -> Network:
+    boundaries: Sequence[str] = (), norm_gain_transport: str = 'exact',
+    mask: str = 'mask') -> Network:
   """Makes a network of units out of any Flax NNX module, which stays as it is.
 
   A unit is an affine operation (`Linear`, `LinearGeneral`, `Conv`,
@@ -52,6 +52,7 @@ def from_nnx(
     boundaries: globs for modules, such as `blocks/*`, whose outputs are units,
       too, as in `from_linen`.
     norm_gain_transport: 'exact' or 'feedback_diag', as in `from_linen`.
+    mask: as in `from_linen`.
 
   Returns:
     A `Network`, for every rule as `from_linen`'s. Names are attribute paths
@@ -92,15 +93,15 @@ def from_nnx(
   chosen = is_unit or (lambda module: False)
   return Network(
       module, lambda m: isinstance(m, bpjax_nn.NnxLayer) or chosen(m),
-      tuple(boundaries), norm_gain_transport)
+      tuple(boundaries), norm_gain_transport, mask)
 
 
 class Network(network.Network):
   """A module seen as units. Made by `from_nnx`."""
 
-  def __init__(self, module, is_unit, boundaries, norm_gain_transport):
+  def __init__(self, module, is_unit, boundaries, norm_gain_transport, mask):
     unit_lib.check_gain_transport(norm_gain_transport)
-    super().__init__(boundaries, is_unit)
+    super().__init__(boundaries, is_unit, mask)
     self._transports_gain = norm_gain_transport == 'exact'
     self.module = module
     self.flags = inputs_lib.flags(type(module).__call__)

@@ -10,13 +10,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 import math
 
+from bpjax.networks import flow as flow_lib
 from bpjax.networks import trace as trace_lib
 from jax.extend.core import Literal
 import jax.numpy as jnp
 
 # How far a segment goes: to the mark of its module, or to the last value that
-# has the shape of the pre-activation, or its rank, or to the last of all.
+# has the shape of the pre-activation, or its rank, or to the last of all; or to the
+# last of all where none has that shape and more than shapes changes, as in attention
+# on queries, keys and values in one.
 MARK, SHAPE, RANK, LAST = 'mark', 'shape', 'rank', 'last'
+SHAPE_OR_LAST = 'shape_or_last'
+# They pick positions out, as a readout of the first token does: what lies behind
+# is no unit's own.
+_SELECT = ('slice', 'dynamic_slice', 'gather')
 
 
 def own(
@@ -147,12 +154,16 @@ def _extend(plan, unit, policy, homes):
   between = _needed(between, homes)
   cuts = [v for step in between for v in _outputs(step)
           if not _reaches(between, pre, homes, v)]
-  if policy == SHAPE:
-    cuts = [v for v in cuts if v.aval.shape == pre.aval.shape]
+  made_by = {v: step.eqn.primitive.name for step in between if step.how == 'bind'
+             for v in _outputs(step)}
+  if policy in (SHAPE, SHAPE_OR_LAST):
+    same = [v for v in cuts if v.aval.shape == pre.aval.shape]
+    mixes = not {*made_by.values()} <= flow_lib.TRANSPARENT
+    cuts = same or (cuts if mixes and policy == SHAPE_OR_LAST else [])
   elif policy == RANK:
     cuts = [v for v in cuts if v.aval.ndim == pre.aval.ndim
             and v.aval.size and math.prod(v.aval.shape) <= math.prod(
-                pre.aval.shape)]
+                pre.aval.shape) and made_by.get(v) not in _SELECT]
   cuts = [v for v in cuts if jnp.issubdtype(v.aval.dtype, jnp.inexact)]
   if policy == MARK:
     cuts = [v for v in cuts if v in homes]

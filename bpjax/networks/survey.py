@@ -138,8 +138,9 @@ def take(net, traced, variables, cuts=None):
     units[name] = unit
     if entry is not None:
       outs[name] = unit.info.out
+  pres = {name: unit.info.pre for name, unit in units.items()}
   for unit in units.values():
-    unit.info = dataclasses.replace(unit.info, outs=outs)
+    unit.info = dataclasses.replace(unit.info, outs=outs, pres=pres)
   boundaries = [n for n in names if n not in traced.entries]
   owned = {leaf for e in traced.entries.values()
            for leaf in (*e.principal, *e.others, *e.biases)}

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 
 
 def direct_feedback_alignment(
-    shared: bool = False, scale: float = 1., normalise: bool = True,
-    placement: str = 'layers', connections: int = 0) -> credit.Rule:
+    shared: bool = False, scale: float = 1., normalise: bool | str = True,
+    placement: str = 'layers', connections: int = 0, error: str = 'output',
+    entries: str = 'normal') -> credit.Rule:
   r"""Direct feedback alignment: each layer is taught a projection of the error.
 
   .. math::
@@ -42,7 +43,16 @@ def direct_feedback_alignment(
   Sequences: a unit that treats positions alike (Dense) and an error per sequence
   share one projection, `[n_out, features]`, broadcast over the T positions and
   divided by :math:`\sqrt T`. An error per position (a language model's) is
-  projected position by position. Any other error is flattened.
+  projected position by position. Any other error is flattened. Where the model is
+  told which positions are real (`from_linen(mask=...)`), the others get nothing,
+  and T is the number of real ones.
+
+  Transformers, as in Direct feedback alignment scales to modern deep learning
+  tasks and architectures, Launay, Poli, Boniface and Krzakala, NeurIPS 2020
+  (https://arxiv.org/abs/2006.12878): `from_linen(model,
+  boundaries=bpjax.transformer.points('macro', hidden=True))` with
+  `placement='boundaries'`, `error='hidden'`, and their one matrix for all,
+  `shared=True, entries='uniform', normalise='largest'`.
 
   Tried: MNIST, 5 epochs, batch 128, Adam 2e-3 with a cosine and no decay, the
   default scale: 97.1% test accuracy with two layers of 256 relu units (96.6% with
@@ -57,13 +67,17 @@ def direct_feedback_alignment(
     scale: factor on the standard deviation, which is `1/sqrt(n_out)` for
       independent matrices.
     normalise: for the shared matrix: whether to divide by
-      :math:`\sqrt{l\,n_{out}}`.
+      :math:`\sqrt{l\,n_{out}}`; 'largest': by the root of the largest layer's
+      size.
     placement: 'layers', or 'boundaries' alone.
     connections: how many entries of the error each neuron reads, at random; 0:
       all. Direct feedback alignment with sparse connections for local learning,
       Crafton, Parihar, Gebhardt and Raychowdhury, 2019
       (https://arxiv.org/abs/1903.02083). The standard deviation is
       `1/sqrt(connections)` then, or :math:`1/\sqrt{l\,connections}`.
+    error: 'output', or 'hidden': that of the last boundary, what the readout reads.
+      It passes the readout's own weights, and no others.
+    entries: 'normal', or 'uniform' in [-1, 1), each times the deviation above.
 
   Returns:
     A rule; `feedback[unit]` is an array, or with `shared` there is one array
@@ -85,6 +99,14 @@ def direct_feedback_alignment(
   if placement not in ('layers', 'boundaries'):
     raise ValueError(
         f"`placement` must be 'layers' or 'boundaries', got {placement!r}.")
+  if error not in ('output', 'hidden'):
+    raise ValueError(f"`error` must be 'output' or 'hidden', got {error!r}.")
+  if entries not in ('normal', 'uniform'):
+    raise ValueError(
+        f"`entries` must be 'normal' or 'uniform', got {entries!r}.")
+  if normalise not in (True, False, 'largest'):
+    raise ValueError(
+        f"`normalise` must be True, False or 'largest', got {normalise!r}.")
   if connections != int(connections) or connections < 0:
     raise ValueError(
         '`connections` must be a whole number, or 0 for all entries, got '
@@ -92,13 +114,30 @@ def direct_feedback_alignment(
 
   def projects(info):
     """Whether the unit hands down a projection of the error."""
-    return projection.sends(info) and (
+    exact = error == 'hidden' and (
+        info.is_output or source_of(info) == info.name)
+    return projection.sends(info) and not exact and (
         placement == 'layers' or info.kind == base.BOUNDARY)
+
+  def source_of(info):
+    """Whose error is projected."""
+    if error == 'output':
+      return error
+    return next((name for name in reversed(info.pres)
+                 if name.endswith(f'/{base.BOUNDARY.lower()}')), None)
+
+  def shape_of(info):
+    if error == 'output':
+      return projection.feedback_shape(info)
+    return projection.feedback_shape(info, info.pres[source_of(info)])
+
+  drawn = feedback_lib.normal if entries == 'normal' else (
+      lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -1, 1))
 
   def draw(key, n_out, shape, dtype, std):
     """B as it is kept: whole, or the entries of the error that are read."""
     if not connections:
-      return std * feedback_lib.normal(key, (n_out, *shape), dtype)
+      return std * drawn(key, (n_out, *shape), dtype)
     if connections > n_out:
       raise ValueError(
           f'`connections` must be at most the {n_out} entries of the error, '
@@ -106,18 +145,17 @@ def direct_feedback_alignment(
     value_key, entry_key = jax.random.split(key)
     return {
         'entries': projection.distinct(entry_key, connections, n_out, shape),
-        'values': std * jax.random.normal(
-            value_key, (connections, *shape), dtype)}
+        'values': std * drawn(value_key, (connections, *shape), dtype)}
 
   def init_unit(key, info, params):
     if shared or not projects(info):
       return None
-    n_out, *shape = projection.feedback_shape(info)
+    n_out, *shape = shape_of(info)
     std = scale / math.sqrt(connections or n_out)
     return draw(key, n_out, shape, projection.dtype(params, info), std)
 
   def init_shared(key, units):
-    shapes = [projection.feedback_shape(i) for i in units.values() if projects(i)]
+    shapes = [shape_of(i) for i in units.values() if projects(i)]
     if not shapes:
       return None
     n_outs = sorted({shape[0] for shape in shapes})
@@ -129,16 +167,17 @@ def direct_feedback_alignment(
     largest = max(math.prod(shape[1:]) for shape in shapes)
     first = next(iter(units.values()))
     dtype = projection.dtype(first.params, first)
-    return draw(key, n_outs[0], (largest,), dtype, scale)
+    std = scale / math.sqrt(largest) if normalise == 'largest' else scale
+    return draw(key, n_outs[0], (largest,), dtype, std)
 
   def weights(info, feedback):
     """B of one unit, [n_out or connections, *its input]."""
     if not shared:
       return feedback
-    n_out, *shape = projection.feedback_shape(info)
+    n_out, *shape = shape_of(info)
     size = math.prod(shape)
     part = jax.tree.map(lambda f: f[:, :size].reshape(-1, *shape), feedback)
-    norm = math.sqrt(size * (connections or n_out)) if normalise else 1.
+    norm = math.sqrt(size * (connections or n_out)) if normalise is True else 1.
     if connections:
       return {**part, 'values': part['values'] / norm}
     return part / norm
@@ -150,12 +189,18 @@ def direct_feedback_alignment(
     if projects(info):
       read = projection.read_input(info)
       messages[read] = projection.project(
-          info, signal.error, weights(info, feedback), activations.inputs[read])
-    elif placement == 'boundaries' and info.sends:
+          info, signal.error, weights(info, feedback), activations.inputs[read],
+          signal.mask)
+    elif passes_on(info):
       messages = unit.inputs_vjp(params, params, activations, delta)
     return base.Credit(
         params=unit.params_vjp(params, activations, delta),
-        inputs=tuple(messages))
+        inputs=tuple(messages), source=signal.teaching)
+
+  def passes_on(info):
+    """Whether the unit sends the exact gradient of what it gets."""
+    return info.sends and (
+        placement == 'boundaries' or error == 'hidden' and info.is_output)
 
   def check_units(units):
     if placement == 'boundaries' and not any(
@@ -164,12 +209,18 @@ def direct_feedback_alignment(
           "`placement='boundaries'` needs a network with boundaries, and this "
           "one has none; name its blocks, `from_linen(model, boundaries="
           "['block_*'])`.")
+    if error == 'hidden' and not all(
+        source_of(info) for info in units.values()):
+      raise ValueError(
+          "`error='hidden'` needs a boundary at what the readout reads, and this "
+          "network has none; name it, `from_linen(model, boundaries=[..., "
+          "'hidden'])`.")
 
   def weight_target(units, params, feedback):
     """F_{l-1} F_l^T for each kernel of a chain of dense layers; F_L = 1."""
     flat = {}
     for name in filter(lambda name: projects(units[name]), feedback):
-      shape = projection.feedback_shape(units[name])
+      shape = shape_of(units[name])
       whole = projection.whole(weights(units[name], feedback[name]), shape[0])
       if whole.shape != shape:  # A stack of layers under `nn.scan`.
         return {}
@@ -186,5 +237,5 @@ def direct_feedback_alignment(
   return credit.Rule(
       name='direct_feedback_alignment', backward=backward,
       init_unit=init_unit, init_shared=init_shared if shared else None,
-      port=lambda info: 'output' if projects(info) else None,
+      port=lambda info: source_of(info) if projects(info) else None,
       check_units=check_units, linear=True, weight_target=weight_target)

@@ -61,7 +61,7 @@ def direct_random_target_projection(scale: float = 1.) -> credit.Rule:
     target = _like_output(signal.target, unit.info.net_output)
     return base.Credit(
         unit.grad(unit.delta(signal.teaching)),
-        projection.messages(unit, target, feedback))
+        projection.messages(unit, target, feedback, signal.mask))
 
   return credit.Rule(
       name='direct_random_target_projection', init_unit=init_unit,

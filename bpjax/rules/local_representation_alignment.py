@@ -14,7 +14,8 @@ from bpjax.rules.recursive_local_representation_alignment import (
 
 def local_representation_alignment(
     beta: float = .1, gamma: float = 1., update: str = 'transpose',
-    scale: float = 1., l2_share: float = 1., radius: float = 0.
+    scale: float = 1., l2_share: float = 1., radius: float = 0.,
+    direct_update: str = 'fixed'
 ) -> credit.Rule:
   r"""LRA-E: each unit is taught by the error of the unit above, unit by unit.
 
@@ -41,6 +42,8 @@ def local_representation_alignment(
       with the scale of W it does best.
     l2_share: alpha in :math:`e = \alpha (h-t) + (1-\alpha)\,sign(h-t)`.
     radius: the norm above which each update is scaled down to it; 0: none.
+    direct_update: of an E that stands for no weights, to or from a unit that
+      attends: 'fixed', 'eq6' or 'dx' (the derivative of the local loss).
 
   Returns:
     A rule; `feedback` is `{'kernel': E}` in the shape of the weights at each
@@ -55,5 +58,5 @@ def local_representation_alignment(
   """
   rule = recursive(
       'chain', beta=beta, gamma=gamma, update=update, scale=scale,
-      l2_share=l2_share, radius=radius)
+      l2_share=l2_share, radius=radius, direct_update=direct_update)
   return dataclasses.replace(rule, name='local_representation_alignment')

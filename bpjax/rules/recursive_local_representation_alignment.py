@@ -10,6 +10,7 @@ import math
 
 from bpjax import base
 from bpjax import feedback as feedback_lib
+from bpjax import projection
 from bpjax import wiring as wiring_lib
 from bpjax.engines import credit
 from bpjax.networks import examples
@@ -41,7 +42,14 @@ def recursive_local_representation_alignment(
   An error synapse between neighbours, from the unit that reads h_i, is kept at
   that unit in the shape of its own weights, as `feedback[j]['kernel']`, and acts
   as they do (for a convolution, it is one). Any other is a matrix at the unit
-  that it teaches, `feedback[i]['direct']` of shape `[*e_j, *h_i]`.
+  that it teaches, `feedback[i]['direct']` of shape `[*e_j, *a_i]`; without the
+  axis of positions where both have it, or where i treats positions alike and
+  they share the error of an example (divided by the root of their number).
+
+  Where a unit's output has another shape than its affine operation, as
+  attention's on queries, keys and values in one, the error e acts through the
+  VJP of that one unit: its weights descend :math:`\|h_i - t_i\|^2 / 2`. Wires to
+  and from it are matrices of their own, between neighbours, too.
 
   The updates of error synapses, gradient-signed: 'transpose' gives a
   neighbour's E that of W times gamma, as in Kolen-Pollack without a decay, and
@@ -119,16 +127,41 @@ def recursive_local_representation_alignment(
     feedback = {}
     if wires.teaches_below(info):
       feedback |= feedback_lib.draw(weights_key, info, params, scale) or {}
-    source = wires.port(info)
-    if source is not None:
-      read = (info.net_output if source == wiring_lib.OUTPUT
-              else info.outs[source])
+    read = read_by(info)
+    if read is not None:
       shape = jax.eval_shape(
-          lambda out: examples.first(out, info.examples), info.out).shape[1:]
+          lambda pre: examples.first(pre, info.examples), info.pre).shape
+      summed, made, _ = projection.layout(read.shape, shape, features(info))
       feedback[_DIRECT] = (
-          scale / math.sqrt(math.prod(shape)) * feedback_lib.normal(
-              direct_key, (*read.shape[1:], *shape), info.out.dtype))
+          scale / math.sqrt(math.prod(made)) * feedback_lib.normal(
+              direct_key, (*summed, *made), info.out.dtype))
     return feedback or None
+
+  def read_by(info):
+    """What a matrix of the unit's own projects, as a shape; None without one."""
+    source = wires.source_of(info.name, tuple(info.outs))
+    if source is None or wires.is_neighbour(info) and not wires.is_carried(
+        info.name, info):
+      return None
+    if wires.port(info) == wiring_lib.OUTPUT:
+      return info.net_output
+    return info.outs[source]
+
+  def features(info):
+    """How many of the last axes are features; 0 for what no position shares."""
+    if not info.positionwise:
+      return 0
+    return len(info.pre.shape) - len(info.inputs[0].shape) + info.feature_axes
+
+  def spread(unit, read, weights, pre, mask):
+    """The error that is read, at the unit's pre-activation."""
+    axes = weights.ndim - len(projection.layout(
+        read.shape, jax.eval_shape(
+            lambda p: examples.first(p, unit.info.examples), pre).shape,
+        features(unit.info))[1])
+    weights = weights.reshape(-1, *weights.shape[axes:])
+    return projection.spread(
+        read, weights, pre, unit.info.examples, features(unit.info), mask)
 
   def mixed(error):
     return l2_share * error + (1 - l2_share) * jnp.sign(error)
@@ -156,43 +189,50 @@ def recursive_local_representation_alignment(
         error = unit.delta(params, activations, error).pre
     else:
       moved = signal.teaching
+      if read is None and feedback and _DIRECT in feedback:
+        read = moved  # Handed down by the unit that reads this one.
       if read is not None:
-        moved = examples.back(
-            jnp.tensordot(read, feedback[_DIRECT], read.ndim - 1),
-            activations.out.shape, info.examples)
+        moved = spread(
+            unit, read, feedback[_DIRECT], activations.pre, signal.mask)
       target = unit.activation(
           params, activations.pre - beta * moved, activations.inputs)
-      error = activations.out - target
+      error = examples.only_real(
+          activations.out - target, signal.mask, info.examples)
     error = mixed(error)
     delta = base.Delta(error)
+    if error.shape != activations.pre.shape:  # Of |h - t|^2 / 2, in the unit.
+      delta = base.Delta(unit.delta(params, activations, error).pre)
     updates = unit.params_vjp(params, activations, delta)
     messages = (None,) * len(activations.inputs)
     if info.kind == base.BOUNDARY:
       messages = (error,)
-    learned = {}
+    elif wires.hands_down(info):
+      messages = (error.reshape(activations.inputs[0].shape), *messages[1:])
+    # Zeros for what is not its own, too: of a tied weight, that of another use.
+    learned = jax.tree.map(jnp.zeros_like, feedback) if feedback else {}
     if wires.teaches_below(info) and feedback:
       synapses = {k: v for k, v in feedback.items() if k != _DIRECT}
       messages = unit.inputs_vjp(params, synapses, activations, delta)
-      learned = jax.tree.map(jnp.zeros_like, synapses)
       if update == 'transpose':
-        learned = jax.tree.map(
+        learned |= jax.tree.map(
             lambda u: gamma * u, feedback_lib.stands_for(updates))
       elif update == 'eq6':
         # What is sent in place of what came in: d^T e, for any affine operation.
         sent = activations._replace(inputs=tuple(
             x if m is None else m for x, m in zip(activations.inputs, messages)))
-        learned = jax.tree.map(
+        learned |= jax.tree.map(
             lambda u: gamma * u, feedback_lib.stands_for(
                 unit.params_vjp(params, sent, delta)))
     if feedback and _DIRECT in feedback:
-      learned = {**learned, _DIRECT: jnp.zeros_like(feedback[_DIRECT])}
-      if direct_update == 'eq6':
-        learned[_DIRECT] = gamma * jnp.tensordot(
-            read, examples.first(moved, info.examples), ((0,), (0,)))
-      elif direct_update == 'dx':
-        slope = _slope(unit, params, activations, beta * moved, error)
-        learned[_DIRECT] = gamma * beta * jnp.tensordot(
-            read, examples.first(slope, info.examples), ((0,), (0,)))
+      strength, descent = gamma, moved
+      if direct_update == 'dx':
+        strength = gamma * beta
+        descent = _slope(unit, params, activations, beta * moved, error)
+      if direct_update != 'fixed':
+        _, pull = jax.vjp(
+            lambda w: spread(unit, read, w, activations.pre, signal.mask),
+            feedback[_DIRECT])
+        learned[_DIRECT] = strength * pull(descent)[0]
     return base.Credit(
         params=within(updates, signal.divisor), inputs=messages,
         feedback=within(learned, signal.divisor) or None, source=error)
@@ -210,7 +250,7 @@ def recursive_local_representation_alignment(
   return credit.Rule(
       name='recursive_local_representation_alignment', backward=backward,
       init_unit=init_unit, port=wires.port, check_units=wires.check_units,
-      learns_feedback=learns, segment='shape', weight_target=weight_target)
+      learns_feedback=learns, segment='shape_or_last', weight_target=weight_target)
 
 
 def _slope(unit, params, activations, shift, error):

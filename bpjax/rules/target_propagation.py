@@ -10,12 +10,14 @@ from bpjax import activations as activations_lib
 from bpjax import base
 from bpjax import feedback as feedback_lib
 from bpjax.engines import credit
+from bpjax.networks import examples
 import jax
 import jax.numpy as jnp
 
 _TOPS = ('gradient', 'inverse')
 _READOUTS = {'softmax': jax.nn.softmax, 'identity': lambda a: a}
 _BIAS = 'inverse_bias'
+_MATRIX = 'inverse_kernel'
 
 
 def target_propagation(
@@ -38,6 +40,10 @@ def target_propagation(
   .. math::
     \|g_l(f_l(h_{l-1} + \epsilon)) - (h_{l-1} + \epsilon)\|^2, \qquad
     \epsilon \sim N(0, \sigma^2)
+
+  A unit whose features are not those of its operation, as attention on queries,
+  keys and values in one, has a matrix of its own for V, position by position:
+  `feedback[l]['inverse_kernel']`, `[its input's features, its own]`.
 
   The output unit learns by its exact gradient. An inverse that is not exact moves
   even targets that are reached already: `difference_target_propagation` takes
@@ -102,6 +108,12 @@ def propagation(
     return info.sends and (top == 'inverse' or not info.is_output) and (
         jnp.issubdtype(info.inputs[0].dtype, jnp.inexact))
 
+  def reshapes(info):
+    """Whether features of the unit are not those of its affine operation."""
+    return (info.positionwise and info.feature_axes == 1
+            and info.pre.shape[:-1] == info.out.shape[:-1]
+            and info.pre.shape != info.out.shape)
+
   def check_units(units):
     for unit, info in units.items():
       if info.kind == base.BOUNDARY or info.is_output:
@@ -121,6 +133,12 @@ def propagation(
   def init_unit(key, info, params):
     if not has_inverse(info):
       return None
+    if reshapes(info):
+      shape = (*info.inputs[0].shape[-1:], *info.out.shape[-1:])
+      x = info.inputs[0]
+      weights = scale / math.sqrt(shape[1]) * feedback_lib.normal(
+          key, shape, x.dtype)
+      return {_MATRIX: weights, _BIAS: jnp.zeros(shape[:1], x.dtype)}
     # An inverse sums over what the unit puts out.
     gain = scale * math.sqrt(
         feedback_lib.fan_in(info, _kernel(params).shape) / _fan_out(info, params))
@@ -146,11 +164,18 @@ def propagation(
         messages = [None if m is None else step * m for m in sent]
       return base.Credit(updates, tuple(messages))
 
+    def real(x):
+      """`x` with zeros at positions that a mask hides."""
+      place = info.given_examples[0] if info.given_examples else None
+      return examples.only_real(x, signal.mask, place)
+
     def read(out):
       return _READOUTS[readout](out) if info.is_output else out
 
     def g(feedback, u):
       """The inverse of the unit."""
+      if reshapes(info):
+        return phi(u @ feedback[_MATRIX].T + feedback[_BIAS])
       if u.shape != activations.pre.shape:  # It pools.
         u = jax.image.resize(u, activations.pre.shape, 'nearest')
       weights = {k: v for k, v in feedback.items() if k != _BIAS}
@@ -158,11 +183,11 @@ def propagation(
       return phi(sent[0] + feedback[_BIAS])
 
     def inverse_loss(feedback):
-      return jnp.sum((g(feedback, code) - noisy)**2)
+      return jnp.sum(real(g(feedback, code) - noisy)**2)
 
     h = read(out)
     t = h - (step if info.is_output else 1) * signal.teaching
-    messages[0] = (g(feedback, h) if difference else x) - g(feedback, t)
+    messages[0] = real((g(feedback, h) if difference else x) - g(feedback, t))
     noisy, code = x, h
     if sigma:
       noisy = x + sigma * jax.random.normal(signal.key, x.shape, x.dtype)

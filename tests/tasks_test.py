@@ -368,7 +368,7 @@ def test_a_plateau_lowers_the_rate_of_both_trees():
     ({'preprocessing': 'gcn'}, '`preprocessing` means nothing'),
     ({'dataset': 'FILE', 'dataset_args': {}, 'model': 'tiny_each',
       'loss': 'squared_error'}, "`loss` must not be 'squared_error'"),
-    ({'rule': bpjax.variants.names()[0]}, 'block'),
+    ({'rule': 'LG-FG-A'}, 'block'),
     ({'schedule': 'noam'}, '`warmup_steps` or `warmup_epochs`'),
     ({'warmup_steps': 99, 'schedule': 'cosine'}, '`warmup_steps` must be less'),
     ({'warmup_steps': 2, 'warmup_epochs': 1.}, 'must not both be set'),

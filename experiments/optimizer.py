@@ -30,7 +30,13 @@ def build(
   Example:
     >>> tx = build(default(), steps_per_epoch=468)
   """
-  tx = _optimizer(config.optimizer, config.learning_rate, config, steps_per_epoch)
+  batches = config.epochs * steps_per_epoch
+  if batches < config.accumulate:
+    raise ValueError(
+        f'`accumulate` must be at most the {batches} batches of the run, got '
+        f'{config.accumulate}.')
+  tx = _optimizer(
+      config.optimizer, config.learning_rate, config, steps_per_epoch)
   if config.optimizer_by_path:
     parts = {
         i: _optimizer(name, rate, config, steps_per_epoch)
@@ -60,10 +66,6 @@ def build(
         functools.partial(frozen, tuple(config.frozen)))
   if config.accumulate > 1:
     # Around both trees at once: W and B take the same steps.
-    if config.epochs * steps_per_epoch < config.accumulate:
-      raise ValueError(
-          f'`accumulate` must be at most the {config.epochs * steps_per_epoch} '
-          f'batches of the run, got {config.accumulate}.')
     tx = optax.MultiSteps(tx, config.accumulate).gradient_transformation()
   return tx
 
@@ -94,11 +96,17 @@ def _plateau(config):
 
 def _scale_by_plateau(config):
   """Multiplies updates by a scale that `after_epoch` alone changes."""
+  def init(params):
+    # No loss yet; a state that is not finite would stop the run.
+    state = _plateau(config).init(params)
+    return state._replace(
+        best_value=jnp.full_like(state.best_value, jnp.finfo(jnp.float32).max))
+
   def update(updates, state, params=None):
     del params
     return jax.tree.map(lambda u: state.scale * u, updates), state
 
-  return optax.GradientTransformation(_plateau(config).init, update)
+  return optax.GradientTransformation(init, update)
 
 
 def frozen(patterns: tuple[str, ...], tree: Any) -> Any:

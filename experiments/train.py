@@ -23,6 +23,7 @@ from experiments import config as config_lib
 from experiments import data as data_lib
 from experiments import devices
 from experiments import feed as feed_lib
+from experiments import generated
 from experiments import optimizer
 from experiments import progress as progress_lib
 from experiments import step as step_lib
@@ -119,6 +120,8 @@ def setup(
   make_model = bpjax.models.get(config.model)
   model_args = config_lib.arguments(make_model, config, 'model_args')
   mesh = devices.make_mesh(config.mesh.to_dict(), config.batch_size)
+  if config.dataset in generated.names():
+    config_lib.arguments(generated.get(config.dataset), config, 'dataset_args')
   dataset = data_lib.load(
       config.dataset, config.data_dir or None, validation=config.validation,
       seed=config.seed, train_examples=config.train_examples or None,

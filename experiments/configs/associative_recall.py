@@ -26,7 +26,7 @@ def get_config():
   config.model_args.hidden = 128
   config.model_args.norm = 'pre'
   config.model_args.dropout = 0.
-  config.epochs = 10
+  config.epochs = 2
   config.batch_size = 64
   config.optimizer = 'adamw'
   config.learning_rate = 2e-3

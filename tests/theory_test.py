@@ -215,8 +215,8 @@ class LinearTest(float64.Float64TestCase):
     for found in (linear.weights(matrices, given[2]),
                   jax.jit(linear.train)(*given)):
       for a, b in zip(found, weights):
-        np.testing.assert_allclose(a, b, atol=1e-12)
-        self.assertGreater(abs(b).max(), 1e-4)
+        np.testing.assert_allclose(a, b, atol=1e-11 * abs(b).max())
+        self.assertGreater(abs(b).max(), 0)
     if outputs == 1:
       cosines = alignment.weight_alignment(
           linear.weights(matrices, given[2]), given[2])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 import functools
+import io
 import json
 import math
 import pathlib
@@ -23,8 +24,10 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
+from PIL import Image
 
 matplotlib.use('Agg')
+import matplotlib.pyplot as plt  # pylint: disable=g-import-not-at-top
 
 Record = dict[str, Any]
 
@@ -48,7 +51,7 @@ class Claim(NamedTuple):
   @property
   def holds(self) -> bool:
     """Whether the number is a number within its bounds."""
-    return self.low <= self.value <= self.high
+    return bool(self.low <= self.value <= self.high)
 
   @property
   def bound(self) -> str:
@@ -89,7 +92,8 @@ def main(
     draw(record, picture)
     rows = [{
         'claim': c.row, 'text': c.text, 'bound': c.bound,
-        'value': None if math.isnan(c.value) else c.value, 'holds': c.holds
+        'value': float(c.value) if math.isfinite(c.value) else None,
+        'holds': c.holds
     } for c in claims]
     wrong = [f'{c.row}. {c.text}: {c.value:.4g}, not {c.bound}'
              for c in claims if not c.holds]
@@ -110,10 +114,12 @@ def _read(path):
   return record  # With the command and the versions that measured it.
 
 
-def spread(values: Sequence[float]) -> tuple[float, float]:
-  """Mean and standard error."""
-  values = np.asarray(values, float)
-  return float(values.mean()), float(values.std(ddof=1) / len(values)**.5)
+def save(figure, path: str) -> None:
+  """Writes a figure as a PNG of 64 colours: small enough for a page."""
+  drawn = io.BytesIO()
+  figure.savefig(drawn, dpi=70)
+  plt.close(figure)
+  Image.open(drawn).convert('RGB').quantize(64).save(path, 'PNG', optimize=True)
 
 
 def log_spaced(last: int, count: int = 25) -> list[int]:

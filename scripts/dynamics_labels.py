@@ -163,8 +163,7 @@ def draw(record: dict, path: str) -> None:
     axis.set(xlabel='epoch', ylabel=label)
     axis.grid(alpha=.25)
   axes[0].legend(fontsize='small')
-  figure.savefig(path, dpi=70)
-  plt.close(figure)
+  dynamics.save(figure, path)
 
 
 if __name__ == '__main__':

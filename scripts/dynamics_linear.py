@@ -203,8 +203,7 @@ def draw(record: dict, path: str) -> None:
     axis.set(xlabel=x, ylabel=y)
     axis.grid(alpha=.25)
   axes[0].legend()
-  figure.savefig(path, dpi=70)
-  plt.close(figure)
+  dynamics.save(figure, path)
 
 
 if __name__ == '__main__':

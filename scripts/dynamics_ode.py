@@ -283,8 +283,7 @@ def draw(record: dict, path: str) -> None:
   axes[0, 1].set_title('green: align; red: memorise (DFA)', fontsize='medium')
   for axis in axes[1]:
     axis.set_xlabel('time, steps / N')
-  figure.savefig(path, dpi=70)
-  plt.close(figure)
+  dynamics.save(figure, path)
 
 
 if __name__ == '__main__':

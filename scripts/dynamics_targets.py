@@ -222,8 +222,7 @@ def draw(record: dict, path: str) -> None:
   axes[0, 0].legend(fontsize='small')
   for axis in axes.flat:
     axis.grid(alpha=.25)
-  figure.savefig(path, dpi=70)
-  plt.close(figure)
+  dynamics.save(figure, path)
 
 
 if __name__ == '__main__':

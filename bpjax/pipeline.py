@@ -396,7 +396,12 @@ class _Parts:
       raise ValueError(
           f'the blocks of a pipeline must be equal, and {", ".join(names)} are '
           f'{len(programs)} different programs.')
-    infos = piped.rule.infos(piped.net, variables, x)
+    # Inside of `shard_map` nothing lies on the axes that are seen outside.
+    bare = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype)
+    infos = {
+        n: dataclasses.replace(
+            info, net_output=jax.tree.map(bare, info.net_output))
+        for n, info in piped.rule.infos(piped.net, variables, x).items()}
     told = piped.own._told(infos)  # pylint: disable=protected-access
     survey = piped.net.survey(variables, x)
     if survey.error_parts != (0,) or any(

@@ -16,7 +16,6 @@ from typing import Any
 from bpjax import base
 from bpjax import paths
 from bpjax.engines import credit
-from bpjax.engines import reduction as reduction_lib
 from bpjax.local import engine as local_lib
 from bpjax.networks import network
 from bpjax.networks import run as run_lib

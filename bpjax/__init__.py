@@ -30,6 +30,7 @@ from bpjax.networks.function import from_function
 from bpjax.networks.linen import from_linen
 from bpjax.networks.nnx import from_nnx
 from bpjax.optimizer import optimizer
+from bpjax.pipeline import pipeline
 
 __all__ = (
     'Activations',
@@ -56,6 +57,7 @@ __all__ = (
     'nn',
     'optimizer',
     'paths',
+    'pipeline',
     'replicated',
     'rules',
     'testing',

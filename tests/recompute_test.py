@@ -16,8 +16,10 @@ class Rectified(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    for _ in range(2):
-      x = bpjax.nn.rectified(nn.LayerNorm()(nn.Dense(6)(x)))
+    for i in range(2):
+      name = f'norm_{i}'
+      x = bpjax.nn.rectified(
+          self, name, nn.LayerNorm(name=name)(nn.Dense(6)(x)))
     return nn.Dense(3)(x)
 
 

@@ -399,7 +399,7 @@ class Rule:
             f'{name}/readout_0': zeros_like_output(survey.units[name].info.pre)
             for name in readouts})
     visit = functools.partial(
-        self._visit, infos=self._told(survey.units.infos), shared=shared,
+        self.visit, infos=self._told(survey.units.infos), shared=shared,
         divisor=lambda unit: reduction_lib.divisor(reduction, unit, count),
         told=(y, shared.get(STEP), net.real(x)))
 
@@ -419,7 +419,7 @@ class Rule:
     (output, ports), pull, state = jax.vjp(
         forward, params, feedback, probes, taps, has_aux=True)
     losses, error, error_of = (settle or functools.partial(
-        _settle, loss, y))(output)
+        settled, loss, y))(output)
 
     def seed(name, port):
       unit = name.rpartition('/')[0]
@@ -513,7 +513,7 @@ class Rule:
       targets |= rule.weight_target(units, own, parts)
     return targets
 
-  def _visit(
+  def visit(
       self, call, infos, shared, told, divisor=lambda unit: 1):
     """Answers for one call of one unit: the unit under `custom_vjp`."""
     info = infos[call.name]
@@ -580,7 +580,7 @@ class Rule:
       output, state_out = seen.run(
           {**variables, base.FEEDBACK: own}, x,
           functools.partial(
-              self._visit, infos=infos, shared=feedback.get(SHARED, {}),
+              self.visit, infos=infos, shared=feedback.get(SHARED, {}),
               told=(None, None, seen.real(x))),
           key, state)
       if not mutable:
@@ -594,7 +594,7 @@ def _shapes(tree):
   return dict(zip(paths.leaf_names(tree), map(jnp.shape, jax.tree.leaves(tree))))
 
 
-def _settle(loss, y, output):
+def settled(loss, y, output):
   losses, pull = jax.vjp(lambda o: loss(o, y), output)
   reduction_lib.check_losses(losses, output)
   error, = pull(jnp.ones_like(losses))

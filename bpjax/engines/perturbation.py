@@ -212,9 +212,8 @@ class Rule(engine.Base):
 
   def _twice(self, plan, net, key, judge):
     """`differentiate` in two forward passes, of which nothing is kept."""
-    *_, state, active = (output, *_) = plan.run(plan.perturbed, plan.noise, net)
-    measured = judge.measure(output)
-    losses, error = judge.settle(measured)
+    output, state, active = plan.run(plan.perturbed, plan.noise, net)
+    losses, error = judge.settle(judge.measure(output))
     names = paths.leaf_names(plan.noise)
 
     def sample(key):
@@ -784,7 +783,9 @@ def _stepped(x, step, u):
 @_stepped.defjvp
 def _stepped_jvp(primals, tangents):
   x, step, u = primals
-  return x, tangents[0] + tangents[1].astype(x.dtype) * u
+  tangent = tangents[0] + tangents[1].astype(x.dtype) * u
+  # Otherwise XLA may run ahead on `x`, and keep what the tangents wait for.
+  return _after(tangent, x), tangent
 
 
 @jax.custom_jvp

@@ -1,0 +1,188 @@
+"""What crosses devices in a step, for every rule beside backprop.
+
+  python benchmarks/collectives.py [--output=FILE.json]
+
+On eight CPU devices, read off the compiled step: how many collectives of a kind,
+and the bytes of their results on one device. Two ways to split an MLP of
+256x4 (batch 64, 16 classes): 'data' (8 parts of the batch), and 'data x model'
+(2 parts of the batch, 4 of each kernel's columns and each matrix of feedback's
+last axis). Then the pipeline: 8 blocks on 8 devices, 4 microbatches, with what
+the arithmetic of docs/scale.md asks for.
+"""
+
+from __future__ import annotations
+
+# pylint: disable=g-import-not-at-top
+import collections
+import json
+import os
+import re
+
+os.environ['XLA_FLAGS'] = (
+    os.environ.get('XLA_FLAGS', '') +
+    ' --xla_force_host_platform_device_count=8')
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+
+from absl import app
+from absl import flags
+import bpjax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import rich.console
+import rich.table
+
+_OUTPUT = flags.DEFINE_string('output', None, 'A JSON file for the results.')
+_LOSS = bpjax.losses.softmax_cross_entropy
+_KINDS = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all',
+          'collective-permute')
+_WIDTH, _BATCH, _CLASSES, _STAGES, _MICROBATCHES = 256, 64, 16, 8, 4
+_SIZES = {'f64': 8, 'f32': 4, 's32': 4, 'u32': 4, 'bf16': 2, 'pred': 1}
+
+
+class Block(nn.Module):
+
+  @nn.compact
+  def __call__(self, x):
+    return nn.tanh(nn.Dense(_WIDTH)(x))
+
+
+class Chain(nn.Module):
+  """A first layer, blocks and a readout."""
+  blocks: int
+
+  @nn.compact
+  def __call__(self, x):
+    x = nn.tanh(nn.Dense(_WIDTH)(x))
+    for i in range(self.blocks):
+      x = Block(name=f'block_{i}')(x)
+    return nn.Dense(_CLASSES)(x)
+
+
+def count(text: str) -> dict[str, tuple[int, int]]:
+  """Kind -> number of collectives in a compiled program, and their bytes."""
+  found = collections.defaultdict(lambda: (0, 0))
+  for line in text.splitlines():
+    match = re.search(rf'= (.*?) ({"|".join(_KINDS)})(?:-start)?\(', line)
+    if match is None:
+      continue
+    size = 0
+    for kind, shape in re.findall(r'(\w+)\[([\d,]*)\]', match[1]):
+      entries = 1
+      for n in filter(None, shape.split(',')):
+        entries *= int(n)
+      size += entries * _SIZES[kind]
+    number, total = found[match[2]]
+    found[match[2]] = number + 1, total + size
+  return dict(found)
+
+
+def rules() -> dict:
+  """Label -> (rule, how blocks end)."""
+  own = bpjax.rules
+  return {
+      'backprop': own.backprop(),
+      'feedback_alignment': own.feedback_alignment(),
+      'feedback_alignment stored=False': own.feedback_alignment(stored=False),
+      'direct_feedback_alignment': own.direct_feedback_alignment(),
+      'direct_feedback_alignment stored=False':
+          own.direct_feedback_alignment(stored=False),
+      'direct_random_target_projection': own.direct_random_target_projection(),
+      'kolen_pollack': own.kolen_pollack(),
+      'sign_symmetry': own.sign_symmetry(),
+      'weight_mirror': own.weight_mirror(),
+      'recursive_local_representation_alignment':
+          own.recursive_local_representation_alignment(),
+      'forward_gradient': own.forward_gradient(),
+      'local backprop': bpjax.local(own.backprop(), ['block_*']),
+  }
+
+
+def sharded(rule, model: int) -> dict[str, tuple[int, int]]:
+  """The collectives of a step on a mesh of data and model."""
+  net = bpjax.from_linen(Chain(3))
+  x, y = jnp.ones((_BATCH, _WIDTH)), jnp.arange(_BATCH) % _CLASSES
+  variables = net.init(jax.random.key(0), x)
+  feedback = rule.init(jax.random.key(1), net, variables, x)
+  learn = rule.value_and_grad(net, _LOSS)
+  mesh = jax.make_mesh(
+      (8 // model, model), ('data', 'model'),
+      axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+  def place(a):
+    columns = a.ndim == 2 and a.shape[-1] % model == 0 and model > 1
+    return jax.NamedSharding(
+        mesh, jax.P(None, 'model') if columns else jax.P())
+
+  trees = jax.tree.map(place, (variables['params'], feedback))
+  rows = jax.NamedSharding(mesh, jax.P('data'))
+
+  def step(params, feedback, x, y, key):
+    (_, aux), (grads, feedback_grads) = learn(
+        {'params': params}, feedback, x, y, key=key)
+    move = lambda p, g: p - .01 * g
+    held = jax.tree.map(
+        lambda free, f, g: move(f, g) if free else f,
+        rule.trainable(feedback), feedback, feedback_grads)
+    return jax.tree.map(move, params, grads), held
+
+  return count(jax.jit(
+      step, in_shardings=(*trees, rows, rows, None), out_shardings=trees).lower(
+          variables['params'], feedback, x, y, jax.random.key(2)
+      ).compile().as_text())
+
+
+def piped(rule, boundaries) -> dict[str, tuple[int, int]]:
+  """Those of a step of the pipeline."""
+  net = bpjax.from_linen(Chain(_STAGES), boundaries=boundaries)
+  x, y = jnp.ones((_BATCH, _WIDTH)), jnp.arange(_BATCH) % _CLASSES
+  variables = net.init(jax.random.key(0), x)
+  pipeline = bpjax.pipeline(
+      rule, net, blocks=['block_*'], microbatches=_MICROBATCHES)
+  with jax.set_mesh(jax.make_mesh((_STAGES,), ('layers',))):
+    held = pipeline.init(jax.random.key(1), variables, x)
+    return count(jax.jit(pipeline.value_and_grad(_LOSS)).lower(
+        *held, x, y).compile().as_text())
+
+
+def main(argv: list[str]) -> None:
+  results = {'data': {}, 'data x model': {}, 'pipeline': {}}
+  for label, rule in rules().items():
+    results['data'][label] = sharded(rule, 1)
+    results['data x model'][label] = sharded(rule, 4)
+  hops = _MICROBATCHES + _STAGES - 2
+  hop = 4 * _BATCH // _MICROBATCHES * _WIDTH
+  own = bpjax.rules
+  for label, rule, boundaries, back, told in (
+      ('backprop', own.backprop(), (), True, 0),
+      ('direct_feedback_alignment', own.direct_feedback_alignment(),
+       ['block_*'], False, 4 * _BATCH * _CLASSES),
+      ('recursive_local_representation_alignment',
+       own.recursive_local_representation_alignment(), (), False,
+       4 * _BATCH * _CLASSES),
+      ('local backprop', bpjax.local(own.backprop(), ['block_*']), (), False,
+       0)):
+    found = piped(rule, boundaries)
+    total = sum(size for _, size in found.values())
+    asked = hops * hop * (1 + back) + told
+    results['pipeline'][label] = {
+        **found, 'bytes': total, 'bytes_asked': asked,
+        'permutes_back': found['collective-permute'][0] - hops}
+  for title, rows in results.items():
+    table = rich.table.Table('rule', *_KINDS, title=title)
+    for label, found in rows.items():
+      table.add_row(label, *(
+          '{} ({:,} B)'.format(*found[k]) if k in found else '-'
+          for k in _KINDS))
+    rich.console.Console(width=130).print(table)
+  for label, row in results['pipeline'].items():
+    print(f'{label}: {row["permutes_back"]} permutes back, {row["bytes"]:,} '
+          f'bytes, {row["bytes"] / row["bytes_asked"]:.3f} of the arithmetic')
+  if _OUTPUT.value:
+    with open(_OUTPUT.value, 'w', encoding='utf-8') as file:
+      json.dump({'jax': jax.__version__, 'devices': 8, **results}, file,
+                indent=1)
+
+
+if __name__ == '__main__':
+  app.run(main)

@@ -1,0 +1,108 @@
+"""Blocks on eight devices learn what they learn on one."""
+
+import re
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import bpjax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from tests import float64
+
+_LOSS = bpjax.losses.softmax_cross_entropy
+_STAGES, _MICROBATCHES, _WIDTH, _BATCH, _CLASSES = 8, 2, 6, 8, 3
+_RULES = bpjax.rules
+# Rule, whether the blocks end in boundaries, whether anything goes back.
+_CASES = {
+    'backprop': (_RULES.backprop(), False, True),
+    'feedback_alignment': (_RULES.feedback_alignment(), False, True),
+    'direct': (_RULES.direct_feedback_alignment(), True, False),
+    'direct, no boundaries': (
+        _RULES.direct_feedback_alignment(), False, True),
+    'direct, unstored': (
+        _RULES.direct_feedback_alignment(stored=False), True, False),
+    'direct rec-LRA': (
+        _RULES.recursive_local_representation_alignment(), False, False),
+    'local': (bpjax.local(_RULES.backprop(), ['block_*']), False, False),
+}
+
+
+class Block(nn.Module):
+  residual: bool
+
+  @nn.compact
+  def __call__(self, x):
+    y = nn.tanh(nn.Dense(x.shape[-1])(x))
+    y = nn.tanh(nn.Dense(x.shape[-1])(y))
+    return x + y if self.residual else y
+
+
+class Chain(nn.Module):
+  """Equal blocks between a first layer and a readout."""
+  blocks: int = _STAGES
+  residual: bool = False
+
+  @nn.compact
+  def __call__(self, x):
+    x = nn.tanh(nn.Dense(_WIDTH)(x))
+    for i in range(self.blocks):
+      x = Block(self.residual, name=f'block_{i}')(x)
+    return nn.Dense(_CLASSES)(x)
+
+
+def _case(name, model):
+  rule, bounded, goes_back = _CASES[name]
+  net, variables, x = float64.setup(
+      model, jax.random.normal(jax.random.key(0), (_BATCH, 5)),
+      boundaries=['block_*'] if bounded else ())
+  return rule, net, variables, x, jnp.arange(_BATCH) % _CLASSES, goes_back
+
+
+def _bytes(text, kind):
+  """The sizes of the results of a kind of collective, in bytes."""
+  found = re.findall(rf'= \(?(\w)(\d+)\[([\d,]*)\][^=]* {kind}(?:-start)?\(', text)
+  sizes = []
+  for _, bits, shape in found:
+    size = int(bits) // 8
+    for n in filter(None, shape.split(',')):
+      size *= int(n)
+    sizes.append(size)
+  return sizes
+
+
+class PipelineTest(float64.Float64TestCase):
+
+  @parameterized.product(name=tuple(_CASES), residual=(False,))
+  def test_equals_one_device(self, name, residual):
+    model = Chain(residual=residual)
+    rule, net, variables, x, y, goes_back = _case(name, model)
+    feedback = rule.init(jax.random.key(1), net, variables, x)
+    (value, _), expected = jax.jit(rule.value_and_grad(net, _LOSS))(
+        variables, feedback, x, y)
+    piped = bpjax.pipeline(
+        rule, net, blocks=['block_*'], microbatches=_MICROBATCHES)
+    with jax.set_mesh(jax.make_mesh((_STAGES,), ('layers',))):
+      held = piped.init(jax.random.key(1), variables, x)
+      self.assert_close(piped.unstack(held[1]), feedback, 1e-15)
+      step = jax.jit(piped.value_and_grad(_LOSS)).lower(*held, x, y).compile()
+      values, (grads, feedback_grads) = jax.device_get(step(*held, x, y))
+    self.assertAlmostEqual(float(values[-1]), float(value), delta=1e-12)
+    self.assertFalse(values[:-1].any())
+    self.assert_close(piped.unstack(grads), expected[0], 1e-12)
+    self.assert_close(piped.unstack(feedback_grads), expected[1], 1e-12)
+
+    # What crosses devices: activations forward; back, messages or one error.
+    text = step.as_text()
+    hops = _MICROBATCHES + _STAGES - 2
+    sizes = _bytes(text, 'collective-permute')
+    self.assertLen(sizes, hops * (1 + goes_back))
+    self.assertEqual(set(sizes), {8 * _BATCH // _MICROBATCHES * _WIDTH})
+    told = name.startswith('direct')
+    self.assertEqual(
+        _bytes(text, 'all-reduce'), [8 * _BATCH * _CLASSES] * told)
+    self.assertNotRegex(text, ' (all-gather|all-to-all|reduce-scatter)')
+
+
+if __name__ == '__main__':
+  absltest.main()

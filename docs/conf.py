@@ -1,9 +1,10 @@
 """The documentation site: `make docs`.
 
-Mathematics becomes MathML while the site is built, so that a page needs neither
-the network nor a script to show it.
+Mathematics becomes MathML while the site is built, and its font is part of the
+site, so that a page needs neither the network nor a script to show it.
 """
 
+import importlib.resources
 import pathlib
 import re
 
@@ -24,7 +25,9 @@ exclude_patterns = ['_build', 'results/templates']
 
 html_theme = 'furo'
 html_title = 'bpjax'
-html_static_path = ['_static']
+# A browser sets MathML well in a font with a table of mathematics alone.
+_FONT = importlib.resources.files('ziamath.fonts') / 'STIXTwoMath-Regular.ttf'
+html_static_path = ['_static', str(_FONT)]
 html_css_files = ['site.css']
 html_math_renderer = 'mathml'
 

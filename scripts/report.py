@@ -169,9 +169,11 @@ def evidence(file: str, kind: str, searched: str) -> str:
   lines = {'kind': kind, 'command': f'`{held["command"]}`'}
   seeds = sorted({r['seed'] for r in runs if 'seed' in r})
   if seeds:
-    lines['seeds'] = (
-        f'{", ".join(map(str, seeds))}; n of a row where it has fewer. '
-        '± is the standard deviation over seeds (n - 1)')
+    lines['seeds'] = f'{seeds[0]} alone, so that the spread is not known'
+    if len(seeds) > 1:
+      lines['seeds'] = (
+          f'{", ".join(map(str, seeds))}; n is how many a row has; ± is the '
+          'standard deviation over them (n - 1)')
   else:
     rounds = held.get('rounds')
     lines['spread'] = (

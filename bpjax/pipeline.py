@@ -486,7 +486,7 @@ class _Piece(network.Network):
     segments = {name: rule.rule_for(name)[1].segment for name in entries}
     seen = self.owning({n: s for n, s in segments.items() if s is not None})
     visit = functools.partial(
-        rule.visit, infos=self._told, shared={}, target=y)
+        rule.visit, infos=self._told, shared={}, told=(y, None, None))
 
     def forward(params, feedback, x):
       out, state = seen.run(

@@ -31,8 +31,9 @@ class Checkpoints:
 
   A checkpoint is written in the background under another name and renamed when
   it is whole, so a killed process leaves none that is half written. Each holds
-  a digest of its arrays, its step and its run: orbax itself reads some damaged
-  files without complaint (a flipped bit in a data file gives other numbers).
+  a digest of its arrays, its step, its run and the records before it: orbax
+  itself reads some damaged files without complaint (a flipped bit in a data
+  file gives other numbers).
 
   Example:
     >>> with Checkpoints('run/checkpoints', keep=2, warn=print) as checkpoints:
@@ -52,9 +53,7 @@ class Checkpoints:
     """
     self._directory = os.path.abspath(directory)
     self._keep, self._warn = keep, warn
-    words = hashlib.blake2b(identity.encode(), digest_size=8).digest()
-    self._identity = np.frombuffer(words, np.uint32)
-    self._compare = bool(identity)
+    self._identity = identity
     self._manager = None
 
   def __enter__(self) -> Checkpoints:
@@ -70,15 +69,21 @@ class Checkpoints:
     if self._manager is not None:
       self._manager.close()
 
-  def save(self, step: int, state: Any) -> None:
+  def save(self, step: int, state: Any, records: str = '') -> None:
     """Starts to save a state; its arrays may be donated afterwards.
+
+    Args:
+      step: of the state.
+      state: the state.
+      records: a hash of what was recorded before it.
 
     Raises:
       DiskError: if this one, or the one before, cannot be written.
     """
     flat = _flat(state)
     flat[_DIGEST] = np.append(
-        _digest(flat), np.uint32([step, *self._identity]))
+        _digest(flat),
+        np.uint32([step, *_words(self._identity), *_words(records)]))
     with self._writing():
       if self._manager is None:
         self._manager = ocp.CheckpointManager(
@@ -88,7 +93,7 @@ class Checkpoints:
       self._manager.save(step, args=ocp.args.StandardSave(flat))
 
   def restore(
-      self, like: Any, problem: Callable[[int], str] = lambda step: ''
+      self, like: Any, records: Callable[[int], str] = lambda step: ''
   ) -> tuple[int, Any] | None:
     """The newest checkpoint that can be used.
 
@@ -97,7 +102,8 @@ class Checkpoints:
 
     Args:
       like: the state as ShapeDtypeStructs that carry shardings.
-      problem: says why the checkpoint of a step cannot be used; '' if it can.
+      records: step -> the hash that its checkpoint was saved with; '': not
+        compared.
 
     Returns:
       The step and the state, or None where there is no checkpoint.
@@ -107,7 +113,7 @@ class Checkpoints:
         nothing is changed.
       DiskError: if they cannot be read for another reason than damage.
     """
-    return self._newest(like, problem)
+    return self._newest(like, records)
 
   def wait(self) -> None:
     """Waits until everything is written.
@@ -129,13 +135,11 @@ class Checkpoints:
           f'a checkpoint in {self._directory} cannot be written',
           _os_error(error)[1]) from error
 
-  def _newest(self, like, problem):
+  def _newest(self, like, records):
     steps, strange = self._steps()
     unusable = {}
     for step in steps:
-      text, state = problem(step), None
-      if not text:
-        text, state = self._read(step, like)
+      text, state = self._read(step, like, records(step))
       if not text:
         self._set_aside(unusable | strange)
         return step, state
@@ -181,12 +185,12 @@ class Checkpoints:
   def _path(self, step):
     return os.path.join(self._directory, str(step))
 
-  def _read(self, step, like):
+  def _read(self, step, like, records):
     flat = _flat(like)
     mesh = next(iter(flat.values())).sharding.mesh
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     wanted = flat | {_DIGEST: jax.ShapeDtypeStruct(
-        (len(flat) + 3,), jnp.uint32, sharding=everywhere)}
+        (len(flat) + 5,), jnp.uint32, sharding=everywhere)}
     self._check_readable(step)
     try:
       with ocp.StandardCheckpointer() as reader:
@@ -202,12 +206,15 @@ class Checkpoints:
             f'{self._path(step)} cannot be read', text) from error
       return f'is damaged ({type(error).__name__} while it was read)', None
     digest = np.asarray(found.pop(_DIGEST))
-    if not np.array_equal(digest[:len(flat)], _digest(found)):
+    bits, (its_step, *words) = digest[:len(flat)], digest[len(flat):].tolist()
+    if not np.array_equal(bits, _digest(found)):
       return 'is damaged (its numbers are not those that were saved)', None
-    if self._compare and not np.array_equal(digest[-2:], self._identity):
+    if self._identity and words[:2] != _words(self._identity):
       return 'is of a run with another config', None
-    if digest[-3] != step:
-      return f'is of step {digest[-3]}', None
+    if its_step != step:
+      return f'is of step {its_step}', None
+    if records and words[2:] != _words(records):
+      return 'counts on other lines of metrics.jsonl than there are', None
     leaves = [found[name] for name in flat]
     return '', jax.tree.unflatten(jax.tree.structure(like), leaves)
 
@@ -248,6 +255,12 @@ def _os_error(error):
   if found:
     return int(found[1]), os.strerror(int(found[1]))
   return 0, ' '.join(str(error).split())[:200] or type(error).__name__
+
+
+def _words(text):
+  """Two words of 32 bits of a text's hash."""
+  digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+  return np.frombuffer(digest, '<u4').tolist()
 
 
 def _flat(state):

@@ -365,8 +365,8 @@ def _check_folder(folder, config):
 def _train(runs):
   """Trains what is not finished; the exit code if that cannot go on, else 0."""
   for i, run in enumerate(runs):
-    print(f'[{i + 1}/{len(runs)}] {os.path.basename(run.folder)}',
-          file=sys.stderr, flush=True)
+    streams.put(
+        'stderr', f'[{i + 1}/{len(runs)}] {os.path.basename(run.folder)}')
     code = launch.launch(run.config, run.folder, quiet=True)
     if code in (2, 130):
       return code

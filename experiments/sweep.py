@@ -12,6 +12,10 @@ table of means and standard deviations over seeds, and with `sweep.json`.
 
 from __future__ import annotations
 
+if __name__ == '__main__':
+  from experiments import signals
+  signals.exit_quietly()  # While the rest is imported, and between runs.
+
 from collections.abc import Mapping, Sequence
 import itertools
 import json
@@ -94,10 +98,15 @@ def sweep(
     seeds: the seeds as texts; none: the config's own.
 
   Returns:
-    The exit code: 0; 1 if a run failed; 2 if the sweep was refused; 130 if it
-    was stopped by Ctrl-C.
+    The exit code: 0; 1 if a run failed; 2 if the sweep was refused; 4 if its
+    results cannot be written; 130 if it was stopped by Ctrl-C.
   """
   try:
+    if not workdir:
+      raise ValueError(
+          '`workdir` must be a folder, got an empty name; give one such as '
+          'runs/rules.')
+    workdir = os.path.expanduser(workdir)
     runs = _runs(config, grid, seeds)
   except ValueError as error:
     print(f'error: {error}', file=sys.stderr)
@@ -106,7 +115,7 @@ def sweep(
   results = []
   for i, (point, seed, run_config) in enumerate(runs):
     name = folder_name(point, seed)
-    print(f'[{i + 1}/{len(runs)}] {name}', file=sys.stderr, flush=True)
+    streams.put('stderr', f'[{i + 1}/{len(runs)}] {name}')
     folder = os.path.join(workdir, name)
     code = launch.launch(run_config, folder, quiet=True)
     summary = None if code else workdir_lib.read_summary(folder)
@@ -118,12 +127,19 @@ def sweep(
          **_numbers(summary or {}),
          **{k: (summary or {}).get(k) for k in ('wall_time', 'device_kind')}})
   points = _compare(results)
-  with open(os.path.join(workdir, 'sweep.json'), 'w', encoding='utf-8') as file:
-    json.dump({
-        'command': ' '.join(['python -m experiments.sweep', *sys.argv[1:]]),
-        'config': config_lib.to_json(config), 'grid': list(grid),
-        'versions': summary_lib.versions(), 'points': points, 'runs': results,
-    }, file, indent=1)
+  try:
+    with workdir_lib.disk(f'sweep.json in {workdir} cannot be written'):
+      os.makedirs(workdir, exist_ok=True)
+      path = os.path.join(workdir, 'sweep.json')
+      with open(path, 'w', encoding='utf-8') as file:
+        json.dump({
+            'command': ' '.join(['python -m experiments.sweep', *sys.argv[1:]]),
+            'config': config_lib.to_json(config), 'grid': list(grid),
+            'versions': summary_lib.versions(), 'points': points,
+            'runs': results}, file, indent=1)
+  except workdir_lib.DiskError as error:
+    streams.complain(f'error: {error}')
+    return streams.DISK_ERROR
   _print(points)
   for result in results:
     if result['exit_code']:

@@ -167,17 +167,7 @@ def start(
   Raises:
     ValueError: if there are checkpoints, but none that can be used.
   """
-  held = {}
-  for line in run.folder.metrics():
-    held.setdefault(line['step'], {})[line['split']] = None
-
-  def problem(step):
-    for s in range(step):
-      if list(held.get(s, ())) != run.reports(s):
-        return f'counts on the lines of step {s}, which metrics.jsonl lacks,'
-    return ''
-
-  restored = checkpoints.restore(run.like, problem)
+  restored = checkpoints.restore(run.like, run.folder.recorded_before)
   if restored is not None:
     step, state = restored
     run.folder.cut_metrics(step)
@@ -258,7 +248,7 @@ def _written(checkpoints):
 
 def _save(run, checkpoints, state, step):
   _check_finite(run, state, step)
-  checkpoints.save(step, state)
+  checkpoints.save(step, state, run.folder.recorded)
 
 
 class _Pace:

@@ -77,6 +77,7 @@ class Workdir:
     self.path = os.path.abspath(os.path.expanduser(path))
     self._stderr = streams.Forgiving('stderr')
     self.console = rich.console.Console(file=self._stderr, highlight=False)
+    self._recorded = hashlib.blake2b(digest_size=16)
     self._made = []
     try:
       self._make_folder()
@@ -226,6 +227,17 @@ class Workdir:
     with self._writing(_METRICS, os.O_APPEND) as descriptor:
       _write_all(descriptor, text)
       os.fsync(descriptor)
+    self._recorded.update(text.encode())
+
+  @property
+  def recorded(self) -> str:
+    """A hash of all lines of the metrics, as `cut_metrics` and `record` left them.
+    """
+    return self._recorded.hexdigest()
+
+  def recorded_before(self, step: int) -> str:
+    """The hash of the lines before a step, as they lie in the file."""
+    return self._hash_before(step)[0].hexdigest()
 
   def metrics(self) -> list[dict[str, Any]]:
     """The lines of the metrics that are whole.
@@ -238,10 +250,9 @@ class Workdir:
 
   def cut_metrics(self, step: int) -> None:
     """Removes the lines from `step` on, which the run writes again."""
-    lines, ends = _parse_metrics(self._file(_METRICS))
-    kept = sum(line['step'] < step for line in lines)
+    self._recorded, end = self._hash_before(step)
     with self._writing(_METRICS, 0) as descriptor:
-      os.ftruncate(descriptor, ends[kept])
+      os.ftruncate(descriptor, end)
       os.fsync(descriptor)
 
   def log(self, message: str) -> None:
@@ -280,6 +291,17 @@ class Workdir:
     with contextlib.suppress(DiskError):
       self._to_log(message)
     streams.urgent(message)
+
+  def _hash_before(self, step):
+    """The hash of the lines before a step, and where they end."""
+    lines, ends = _parse_metrics(self._file(_METRICS))
+    end = ends[sum(line['step'] < step for line in lines)]
+    digest = hashlib.blake2b(digest_size=16)
+    if end:
+      with disk(f'{self._file(_METRICS)} cannot be read'), open(
+          self._file(_METRICS), 'rb') as file:
+        digest.update(file.read(end))
+    return digest, end
 
   def _file(self, name):
     return os.path.join(self.path, name)
@@ -443,16 +465,20 @@ def _parse_metrics(path):
     raise disk_error(f'{path} cannot be read', error.strerror) from error
   if content and not content[-1].endswith(b'\n'):
     content.pop()
-  lines, ends = [], [0]
+  lines, ends, keys = [], [0], set()
   for number, text in enumerate(content, 1):
     problem, line = _parse_line(text)
     if not problem and lines and line['step'] < lines[-1]['step']:
       problem = f'its step {line["step"]} is before that of the line above'
+    key = None if problem else (line['step'], line['split'], line.get('unit'))
+    if key in keys:
+      problem = f'there is one of this split and step {line["step"]} above'
     if problem:
       raise ValueError(
           f'line {number} of {path} is none that a run writes: {problem}; '
           'remove it and all lines after it, and the run goes on from a '
           'checkpoint before them, or choose another `workdir`.')
+    keys.add(key)
     lines.append(line)
     ends.append(ends[-1] + len(text))
   return lines, ends

@@ -1,9 +1,9 @@
 """The command line: see the package."""
 
 import argparse
-import concurrent.futures
 import dataclasses
 import json
+import multiprocessing
 import os
 import pathlib
 import sys
@@ -34,9 +34,9 @@ def main() -> int:
   faults = harness.Harness(pathlib.Path(_HOME.name))
   numbers = range(arguments.first, arguments.first + arguments.faults)
   outcomes = []
-  # The threads only fork and wait; nothing here has used JAX.
-  with concurrent.futures.ThreadPoolExecutor(arguments.workers) as pool:
-    for outcome in pool.map(faults.run, numbers):
+  # Forked, as nothing here has used JAX; and each forks on by itself.
+  with multiprocessing.get_context('fork').Pool(arguments.workers) as pool:
+    for outcome in pool.imap(faults.run, numbers):
       outcomes.append(outcome)
       if outcome.outcome in (harness.WRONG, harness.LOST):
         print(f'{outcome.number} {outcome.outcome}: {outcome.what}: '

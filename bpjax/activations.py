@@ -30,7 +30,11 @@ def get(name: str) -> Callable[[jnp.ndarray], jnp.ndarray]:
     >>> get('tanh')(0.)
     Array(0., dtype=float32, weak_type=True)
   """
-  slope = re.fullmatch(r'leaky_relu\(([-+]?[\d.]+)\)', name)
+  if not isinstance(name, str):
+    raise ValueError(
+        f'`activation` must be the name of a function, got {name!r}; Known: '
+        f'{", ".join(_KNOWN)}.')
+  slope = re.fullmatch(r'leaky_relu\(([-+]?(?:\d+\.?\d*|\.\d+))\)', name)
   if slope:
     return functools.partial(nn.leaky_relu, negative_slope=float(slope[1]))
   if name not in _KNOWN:

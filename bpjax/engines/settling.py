@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 import dataclasses
 from typing import Any
 
+from bpjax import arguments
 from bpjax import base
 from bpjax.engines import base as engine
 from bpjax.engines import checks
@@ -111,6 +112,8 @@ class Rule(engine.Base):
     `variables` may hold 'particles', from which the free phase goes on, and
     `aux.model_state` holds those at its end, one row an example.
     """
+    arguments.network(net)
+    arguments.loss(loss)
     reduction_lib.check(reduction)
 
     def learn(variables, feedback, x, y, key=None):

@@ -8,6 +8,7 @@ networks with direct feedback alignment, Launay, Poli and Krzakala, 2019
 
 import math
 
+from bpjax import arguments
 from bpjax import base
 from bpjax import feedback as feedback_lib
 from bpjax import projection
@@ -80,15 +81,12 @@ def direct_feedback_alignment(
     >>> import bpjax
     >>> rule = bpjax.rules.direct_feedback_alignment(shared=True)
   """
-  if scale <= 0:
-    raise ValueError(f'`scale` must be positive, got {scale}.')
-  if placement not in ('layers', 'boundaries'):
-    raise ValueError(
-        f"`placement` must be 'layers' or 'boundaries', got {placement!r}.")
-  if connections != int(connections) or connections < 0:
-    raise ValueError(
-        '`connections` must be a whole number, or 0 for all entries, got '
-        f'{connections}.')
+  arguments.number('scale', scale, above=0)
+  arguments.flag('shared', shared)
+  arguments.flag('normalise', normalise)
+  arguments.choice('placement', placement, ('layers', 'boundaries'))
+  arguments.whole('connections', connections, least=0)
+  connections = int(connections)
 
   def projects(info):
     """Whether the unit hands down a projection of the error."""

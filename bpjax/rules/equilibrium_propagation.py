@@ -5,8 +5,8 @@ backpropagation, Scellier and Bengio, Frontiers in Computational Neuroscience 20
 (https://arxiv.org/abs/1602.05179).
 """
 
-import math
 
+from bpjax import arguments
 from bpjax.engines import settling
 
 _NUDGES = ('random', 'positive', 'symmetric')
@@ -72,17 +72,12 @@ def equilibrium_propagation(
     >>> rule = bpjax.rules.equilibrium_propagation(nudge='symmetric')
   """
   for name, value in (('free_steps', free_steps), ('nudged_steps', nudged_steps)):
-    if isinstance(value, bool) or value != int(value) or value < 1:
-      raise ValueError(
-          f'`{name}` must be a whole number of at least 1, got {value}.')
+    arguments.whole(name, value)
   for name, value in (('beta', beta), ('step_size', step_size)):
-    if not 0 < value < math.inf:
-      raise ValueError(f'`{name}` must be positive, got {value}.')
+    arguments.number(name, value, above=0)
   for name, value, known in (
       ('nudge', nudge, _NUDGES), ('readout', readout, _READOUTS)):
-    if value not in known:
-      raise ValueError(
-          f'`{name}` must be one of {", ".join(known)}, got {value!r}.')
+    arguments.choice(name, value, known)
   return settling.Rule(
       'equilibrium_propagation', int(free_steps), int(nudged_steps), step_size,
       beta, nudge, readout)

@@ -287,6 +287,7 @@ def generated() -> list[list[str]]:
 def main() -> int:
   parser = argparse.ArgumentParser()
   parser.add_argument('--long', action='store_true')
+  parser.add_argument('--no-calls', action='store_true')
   parser.add_argument('--json')
   options = parser.parse_args()
   os.environ['JAX_PLATFORMS'] = 'cpu'
@@ -318,7 +319,7 @@ def main() -> int:
   faults += wrong
   from wrong_calls import call
   from wrong_calls import CALLS
-  for source, words in CALLS:
+  for source, words in () if options.no_calls else CALLS:
     found = call(source, words)
     if found:
       faults.append(f'{source}: {found}')

@@ -408,7 +408,10 @@ class Rule:
     given, feedback = feedback, dict(feedback)
     shared = feedback.get(SHARED, {})
     # Labels stay as they are, so that known ones can be refused.
-    count = jax.eval_shape(lambda output: loss(output, y), survey.output).size
+    losses = jax.eval_shape(lambda output: loss(output, y), survey.output)
+    if settle is None:
+      reduction_lib.check_losses(losses, survey.output)
+    count = losses.size
     sources, depth = self._sources(survey)
     readouts = self._readouts(survey) if settle is None else ()
     taps = paths.nest({

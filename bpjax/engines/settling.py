@@ -117,6 +117,10 @@ class Rule(engine.Base):
     reduction_lib.check(reduction)
 
     def learn(variables, feedback, x, y, key=None):
+      arguments.step(variables, x, key)
+      arguments.no_feedback(self.name, feedback)
+      jax.eval_shape(
+          lambda output: loss(output, y), net.survey(variables, x).output)
       value, aux, grads, count, _ = self.differentiate(
           net, loss, variables, x, y, key)
       grads, = reduction_lib.apply(reduction, (grads,), count)

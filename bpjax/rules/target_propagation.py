@@ -92,7 +92,7 @@ def propagation(
   for key, value, known in (
       ('top', top, _TOPS), ('readout', readout, tuple(_READOUTS))):
     arguments.choice(key, value, known)
-  phi = activations_lib.get(inverse)
+  phi = activations_lib.get(inverse, 'inverse')
 
   def has_inverse(info):
     # Of a lookup there is none: nothing below whole numbers has a target.

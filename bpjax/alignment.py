@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from bpjax import arguments
 from bpjax import base
 from bpjax import feedback as feedback_lib
 from bpjax import paths
@@ -63,7 +64,12 @@ def alignment(
     1.000
   """
 
+  arguments.network(net)
+  arguments.loss(loss)
+  arguments.rule(rule)
+
   def measure(variables, feedback, x, y, key=None):
+    arguments.step(variables, x, key)
     units = rule.infos(net, variables, x)
     params = variables['params']
     updates, signals = rule.signals(net, loss, variables, feedback, x, y, key)

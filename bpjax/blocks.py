@@ -7,16 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 import functools
-import math
 from typing import Any
 
 from bpjax import activations
+from bpjax import arguments
 from bpjax import nn as layers
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 NORMS = ('batch', 'group', 'none')
+DTYPES = (None, 'float64', 'float32', 'bfloat16', 'float16')
 SHORTCUTS = ('pad', 'projection')
 STEMS = ('cifar', 'imagenet')
 CONVS = ('conv', 'perturbative')
@@ -27,17 +28,6 @@ INITS = ('lecun', 'he', 'torch', 'fan_sum')
 he_normal = nn.initializers.he_normal()
 
 
-def check_choice(name: str, value: Any, known: Sequence[str]) -> None:
-  """Raises a ValueError unless `value` is one of `known`.
-
-  Example:
-    >>> check_choice('norm', 'batch', NORMS)
-  """
-  if value not in known:
-    choices = ', '.join(map(repr, known[:-1])) + f' or {known[-1]!r}'
-    raise ValueError(f'`{name}` must be {choices}, got {value!r}.')
-
-
 def check_sizes(name: str, *sizes: int) -> None:
   """Raises a ValueError unless all sizes are positive whole numbers.
 
@@ -45,9 +35,7 @@ def check_sizes(name: str, *sizes: int) -> None:
     >>> check_sizes('num_classes', 10)
   """
   for size in sizes:
-    if isinstance(size, bool) or int(size) != size or size < 1:
-      raise ValueError(
-          f'`{name}` must be made of positive whole numbers, got {size!r}.')
+    arguments.whole(name, size)
 
 
 def check_divides(
@@ -69,8 +57,7 @@ def check_rate(name: str, rate: float) -> None:
   Example:
     >>> check_rate('dropout', .5)
   """
-  if not 0 <= rate < 1:
-    raise ValueError(f'`{name}` must be in [0, 1), got {rate}.')
+  arguments.number(name, rate, least=0, below=1)
 
 
 def check_scale(name: str, scale: float) -> None:
@@ -79,8 +66,7 @@ def check_scale(name: str, scale: float) -> None:
   Example:
     >>> check_scale('perturbation', .1)
   """
-  if not 0 <= scale < math.inf:
-    raise ValueError(f'`{name}` must be at least 0, got {scale}.')
+  arguments.number(name, scale, least=0)
 
 
 def check_images(model: str, x: jnp.ndarray, smallest: int) -> None:
@@ -356,10 +342,10 @@ def resnet(
   check_sizes('num_classes', num_classes)
   check_sizes('widths', *widths)
   check_scale('perturbation', perturbation)
-  check_choice('stem', stem, STEMS)
-  check_choice('conv', conv, CONVS)
-  check_choice('norm', norm, NORMS)
-  check_choice('shortcut', shortcut, SHORTCUTS)
+  arguments.choice('stem', stem, STEMS)
+  arguments.choice('conv', conv, CONVS)
+  arguments.choice('norm', norm, NORMS)
+  arguments.choice('shortcut', shortcut, SHORTCUTS)
   return ResNet(
       num_classes, tuple(widths), blocks, stem, norm,
       activations.get(activation), shortcut, conv, perturbation)

@@ -7,6 +7,7 @@ import dataclasses
 from typing import Any
 import zlib
 
+from bpjax import arguments
 from bpjax import base
 from bpjax import paths
 from bpjax.engines import credit
@@ -126,16 +127,27 @@ def bottleneck(
     >>> rule = bpjax.bottleneck(
     ...     bpjax.rules.feedback_alignment(), {'Dense_1': 118})
   """
+  if not isinstance(neurons, Mapping):
+    raise ValueError(
+        '`neurons` needs a mapping from path patterns to numbers, got '
+        f'{type(neurons).__name__}.')
+  arguments.patterns('neurons', neurons)
+  arguments.whole('seed', seed, least=0)
+  seed = int(seed)
   if not neurons:
     raise ValueError('`neurons` needs at least one path pattern, got none.')
   checked = []
   for pattern, wanted in neurons.items():
-    if not np.ndim(wanted) and (
-        isinstance(wanted, (bool, np.bool_)) or wanted != int(wanted)):
+    try:
+      array = np.asarray(wanted)
+    except ValueError:  # Ragged.
+      array = np.asarray(None)
+    if not array.dtype.kind == 'b' if array.ndim else (
+        array.dtype.kind not in 'iuf' or wanted != wanted // 1):
       raise ValueError(
           f'`neurons` of `{pattern}` must be a whole number or a bool for each '
           f'neuron, got {wanted!r}.')
-    wanted = np.asarray(wanted, bool) if np.ndim(wanted) else int(wanted)
+    wanted = array if array.ndim else int(wanted)
     if np.sum(wanted) < 1:
       raise ValueError(
           f'`neurons` of `{pattern}` must leave at least one neuron that '

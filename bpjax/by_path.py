@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 import dataclasses
 
+from bpjax import arguments
 from bpjax import paths
 from bpjax.engines import credit
 
@@ -59,8 +60,13 @@ def by_path(rules: Mapping[str, credit.Rule]) -> credit.Rule:
     ...     'Dense_0': bpjax.rules.backprop(),
     ...     '*': bpjax.rules.feedback_alignment()})
   """
+  if not isinstance(rules, Mapping):
+    raise ValueError(
+        '`by_path` needs a mapping from path patterns to rules, got '
+        f'{type(rules).__name__}.')
   if not rules:
     raise ValueError('`by_path` needs at least one pattern, got none.')
+  arguments.patterns('by_path', rules)
   for pattern, rule in rules.items():
     if not isinstance(rule, credit.Rule):
       raise ValueError(

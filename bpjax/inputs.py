@@ -30,6 +30,14 @@ class Inputs:
   """
 
   def __init__(self, *args: Any, **kwargs: Any):
+    if not args and not kwargs:
+      raise ValueError(
+          '`bpjax.Inputs` needs at least one input, got none; write '
+          '`Inputs(x, mask=mask)`.')
+    if any(isinstance(a, Inputs) for a in (*args, *kwargs.values())):
+      raise ValueError(
+          '`bpjax.Inputs` takes arrays, got another `Inputs`; write all inputs '
+          'into one.')
     self.args, self.kwargs = args, kwargs
 
   def tree_flatten(self):

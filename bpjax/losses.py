@@ -3,6 +3,7 @@
 Any function of `(output, y)` that returns one loss an example serves as well.
 """
 
+from bpjax import arguments
 from bpjax import base
 import jax
 import jax.numpy as jnp
@@ -27,11 +28,13 @@ def softmax_cross_entropy(output: base.Array, y: base.Array) -> base.Array:
     >>> softmax_cross_entropy(jnp.zeros((2, 4)), jnp.array([0, 3])).shape
     (2,)
   """
+  output, y = _arrays(output, y)
   if jnp.issubdtype(y.dtype, jnp.integer):
     if y.shape != output.shape[:-1]:
       raise ValueError(
           f'integer labels `y` must have shape {output.shape[:-1]}, the shape '
           f'of `output` without its classes, got {y.shape}.')
+    arguments.labels(y, output.shape[-1])
     return optax.losses.softmax_cross_entropy_with_integer_labels(output, y)
   if y.shape != output.shape:
     raise ValueError(
@@ -58,7 +61,9 @@ def sigmoid_cross_entropy(output: base.Array, y: base.Array) -> base.Array:
     >>> sigmoid_cross_entropy(jnp.zeros((2, 4)), jnp.array([0, 3])).shape
     (2,)
   """
+  output, y = _arrays(output, y)
   if jnp.issubdtype(y.dtype, jnp.integer) and y.shape == output.shape[:-1]:
+    arguments.labels(y, output.shape[-1])
     y = jax.nn.one_hot(y, output.shape[-1], dtype=output.dtype)
   if y.shape != output.shape:
     raise ValueError(
@@ -86,8 +91,25 @@ def squared_error(output: base.Array, y: base.Array) -> base.Array:
     >>> squared_error(jnp.ones((2, 4)), jnp.zeros((2, 4)))
     Array([2., 2.], dtype=float32)
   """
+  output, y = _arrays(output, y)
   if y.shape != output.shape:
     raise ValueError(
         f'targets `y` must have the shape of `output`, {output.shape}, got '
         f'{y.shape}.')
   return .5 * jnp.sum(jnp.square(output - y), axis=tuple(range(1, y.ndim)))
+
+
+def _arrays(output, y):
+  """Output and labels as arrays of floats, and of floats or whole numbers."""
+  if not hasattr(output, 'dtype') or not jnp.issubdtype(
+      output.dtype, jnp.floating):
+    got = getattr(output, 'dtype', type(output).__name__)
+    raise ValueError(
+        f'`output` must be one array of floating-point numbers, got {got}; '
+        'write the loss of several outputs yourself.')
+  y = arguments.targets(y)
+  if not jnp.issubdtype(y.dtype, jnp.integer) and not jnp.issubdtype(
+      y.dtype, jnp.floating):
+    raise ValueError(
+        f'`y` must be whole numbers or floating-point numbers, got {y.dtype}.')
+  return output, y

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from bpjax import arguments
 from bpjax import base
 from bpjax import paths
 import jax
@@ -51,6 +52,11 @@ def optimizer(
     >>> updates, state = tx.update(grads, state, trees)
     >>> params, feedback = optax.apply_updates(trees, updates)
   """
+  if not hasattr(tx, 'update') or not hasattr(tx, 'init'):
+    raise ValueError(
+        '`tx` must be an optax transformation, such as optax.adam(1e-3), got '
+        f'{type(tx).__name__}.')
+  arguments.rule(rule)
   learns = rule.trainable(feedback)
 
   def free(name, leaf=None):

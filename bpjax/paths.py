@@ -70,7 +70,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     'did you mean `backprop`? Known: backprop, dfa'
   """
   known = list(known)
-  close = difflib.get_close_matches(name, known, n=2, cutoff=.5)
+  close = difflib.get_close_matches(str(name), known, n=2, cutoff=.5)
   hint = f'did you mean {" or ".join(f"`{c}`" for c in close)}? ' if close else ''
   return f'{hint}Known: {", ".join(known) or "none"}'
 

@@ -35,6 +35,7 @@ import functools
 import math
 from typing import Any
 
+from bpjax import arguments
 from bpjax import base
 from bpjax import blocks
 from bpjax import losses as losses_lib
@@ -125,7 +126,7 @@ def info_nce(
     >>> info_nce(x, {'kernel': jnp.eye(16)}, x).shape
     (2, 3, 4)
   """
-  blocks.check_choice('negatives', negatives, NEGATIVES)
+  arguments.choice('negatives', negatives, NEGATIVES)
   if not temperature > 0:
     raise ValueError(f'`temperature` must be positive, got {temperature}.')
   _check(x, head)
@@ -180,8 +181,8 @@ def replicate(
     >>> replicate(squared, x, head, jnp.ones((2, 3)), placement='block').shape
     (2, 1, 1)
   """
-  blocks.check_choice('placement', placement, tuple(PLACEMENTS))
-  blocks.check_choice('head_scale', head_scale, HEAD_SCALES)
+  arguments.choice('placement', placement, tuple(PLACEMENTS))
+  arguments.choice('head_scale', head_scale, HEAD_SCALES)
   _check_features(x)
   patch, group_ = PLACEMENTS[placement]
   shape = (x.shape[1] if patch else 1, x.shape[2] if group_ else 1)

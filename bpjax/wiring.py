@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from bpjax import arguments
 from bpjax import base
 from bpjax import paths
 from bpjax.networks import examples
@@ -14,12 +15,13 @@ OUTPUT = 'output'
 
 def check(wiring: str | Mapping[str, str], gap: int) -> None:
   """Raises a ValueError for what no wiring can be."""
-  if isinstance(wiring, str) and wiring not in KINDS:
+  if not isinstance(wiring, Mapping) and wiring not in KINDS or (
+      isinstance(wiring, Mapping) and not all(
+          isinstance(name, str) for pair in wiring.items() for name in pair)):
     raise ValueError(
         f'`wiring` must be one of {", ".join(KINDS)} or a mapping from units '
         f'to their sources, got {wiring!r}.')
-  if gap != int(gap) or gap < 1:
-    raise ValueError(f'`gap` must be a whole number of at least 1, got {gap}.')
+  arguments.whole('gap', gap)
 
 
 class Wiring:

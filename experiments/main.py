@@ -18,7 +18,6 @@ from absl import app
 from absl import flags
 from absl import logging
 from experiments import config as config_lib
-from experiments import launch
 from experiments import streams
 
 CONFIG = config_lib.define_flag()
@@ -26,18 +25,28 @@ WORKDIR = flags.DEFINE_string('workdir', None, "The run's folder.")
 flags.mark_flags_as_required(['config', 'workdir'])
 
 
-def parse(argv: list[str]) -> list[str]:
+def parse(argv: list[str]) -> list[str] | None:
   """Parses the command line, or exits with one sentence and code 2."""
   try:
     return config_lib.parse_flags(argv)
   except ValueError as error:
-    streams.complain(f'error: {error}')
-    sys.exit(2)
+    refuse(error)
+
+
+def refuse(error: ValueError) -> None:
+  """Prints the one sentence of a refused command, and ends it with code 2."""
+  streams.complain(f'error: {error}')
+  sys.exit(2)
 
 
 def main(argv: list[str]) -> None:
   del argv
   logging.set_verbosity(logging.ERROR)  # Of libraries; a run has its own log.
+  try:
+    config_lib.check(CONFIG.value)
+  except ValueError as error:
+    refuse(error)
+  from experiments import launch  # Loads JAX, which a wrong value need not.
   sys.exit(launch.launch(CONFIG.value, WORKDIR.value))
 
 

@@ -35,6 +35,10 @@ def build(
     raise ValueError(
         f'`accumulate` must be at most the {batches} batches of the run, got '
         f'{config.accumulate}.')
+  if config.epochs * steps_per_epoch >= 2**31:
+    raise ValueError(
+        f'`epochs` must make fewer than 2**31 steps, got {config.epochs} of '
+        f'{steps_per_epoch}.')
   tx = _optimizer(
       config.optimizer, config.learning_rate, config, steps_per_epoch)
   if config.optimizer_by_path:
@@ -67,7 +71,12 @@ def build(
   if config.accumulate > 1:
     # Around both trees at once: W and B take the same steps.
     tx = optax.MultiSteps(tx, config.accumulate).gradient_transformation()
-  return tx
+
+  def init(tree):
+    _check_tree(config, tree)
+    return tx.init(tree)
+
+  return optax.GradientTransformationExtraArgs(init, tx.update)
 
 
 def after_epoch(
@@ -121,9 +130,30 @@ def frozen(patterns: tuple[str, ...], tree: Any) -> Any:
           paths.matches(p, name.partition('/')[2]) for p in patterns), tree)
 
 
+def _check_tree(config, tree):
+  """Raises ValueError for what cannot be with these parameters and feedback."""
+  if config.feedback_schedule == 'epochs' and not jax.tree.leaves(
+      tree['feedback']):
+    raise ValueError(
+        "`feedback_schedule` must be 'together' with a rule whose feedback does "
+        'not learn, since nothing would learn in every other epoch, got '
+        "'epochs'.")
+  # Heads and rules of local losses are reduced by the name of their block.
+  inner = {'feedback': {
+      k: v for part in ('heads', 'rule')
+      for k, v in (tree['feedback'].get(part) or {}).items()}}
+  patterns = tuple(pattern for pattern, _ in config.reduction_by_path)
+  _check_patterns('reduction_by_path', patterns, (tree, inner))
+  if config.frozen and all(jax.tree.leaves(frozen(tuple(config.frozen), tree))):
+    raise ValueError(
+        '`frozen` must leave something that learns, got '
+        f'{tuple(config.frozen)!r}; name fewer parameters.')
+
+
 def _check_patterns(field, patterns, tree):
   """Raises ValueError for a pattern that matches no leaf."""
-  names = [name.partition('/')[2] for name in paths.leaf_names(tree)]
+  trees = tree if isinstance(tree, tuple) else (tree,)
+  names = [name.partition('/')[2] for t in trees for name in paths.leaf_names(t)]
   for pattern in patterns:
     if not any(paths.matches(pattern, name) for name in names):
       raise ValueError(

@@ -30,10 +30,8 @@ from absl import app
 from absl import flags
 from absl import logging
 from experiments import config as config_lib
-from experiments import launch
 from experiments import main as main_lib
 from experiments import streams
-from experiments import summary as summary_lib
 from experiments import workdir as workdir_lib
 import ml_collections
 import rich.console
@@ -75,7 +73,11 @@ def parse_grid(grid: Sequence[str]) -> list[Point]:
       raise ValueError(
           f'`grid` must name each field once, and the seeds in --seeds, got '
           f'{field!r} again; write all its values into one flag.')
-    axes[field] = list(dict.fromkeys(values))
+    twice = next((v for v in values if values.count(v) > 1), None)
+    if twice is not None:
+      raise ValueError(
+          f'`grid` must name each value of {field!r} once, got {twice!r} twice.')
+    axes[field] = values
   product = itertools.product(*axes.values())
   return [dict(zip(axes, values)) for values in product]
 
@@ -108,8 +110,16 @@ def sweep(
           'runs/rules.')
     workdir = os.path.expanduser(workdir)
     runs = _runs(config, grid, seeds)
+    from experiments import launch  # Loads JAX, which a wrong value need not.
+    from experiments import summary as summary_lib
+    from experiments import train
+    checked = set()  # A seed changes nothing that could be refused.
+    for point, _, run_config in runs:
+      if json.dumps(point) not in checked:
+        checked.add(json.dumps(point))
+        train.make(run_config)
   except ValueError as error:
-    print(f'error: {error}', file=sys.stderr)
+    streams.complain(f'error: {error}')
     return 2
   failed = 0
   results = []
@@ -155,6 +165,7 @@ def _runs(config, grid, seeds):
   runs = []
   for point, seed in itertools.product(parse_grid(grid), seeds):
     run_config = config_lib.override(config, {**point, 'seed': seed})
+    config_lib.check(run_config)
     runs.append((point, run_config.seed, run_config))
   names = [folder_name(point, seed) for point, seed, _ in runs]
   twice = next((n for n in names if names.count(n) > 1), None)

@@ -106,9 +106,10 @@ class Run:
     return min(self.most, *(n - step % n for n in every if n))
 
 
-def setup(
-    config: ml_collections.ConfigDict, folder: workdir_lib.Workdir) -> Run:
-  """Makes everything ready, and refuses whatever cannot work.
+def make(config: ml_collections.ConfigDict) -> tuple[Any, ...]:
+  """The data, the learner, the batches and the shapes of the train state.
+
+  Nothing is compiled: what a run refuses, it refuses here.
 
   Raises:
     ValueError: with one sentence that says what to change.
@@ -149,10 +150,21 @@ def setup(
       augment=_augment(config),
       views=2 if config.augment == 'contrastive' else 1)
   like = _placed(jax.eval_shape(learner.init), learner, config)
+  batch = _alignment_batch(config, dataset, feed, mesh)
+  return dataset, learner, feed, batch, like
+
+
+def setup(
+    config: ml_collections.ConfigDict, folder: workdir_lib.Workdir) -> Run:
+  """Makes everything ready, and refuses whatever cannot work.
+
+  Raises:
+    ValueError: with one sentence that says what to change.
+  """
+  dataset, learner, feed, batch, like = make(config)
   most, programs = _compile(config, learner, feed, like)
   return Run(
-      config, folder, dataset, learner, feed,
-      _alignment_batch(config, dataset, feed, mesh), like, learner.units(),
+      config, folder, dataset, learner, feed, batch, like, learner.units(),
       most, programs)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from bpjax import arguments
 from bpjax import base
 from bpjax import feedback as feedback_lib
 from bpjax.engines import checks
@@ -63,7 +64,9 @@ class Base(feedback_lib.NoFeedback):
       self, key: base.Key, net: base.Network, variables: Mapping[str, Any],
       x: Any) -> dict[str, Any]:
     """The rule's feedback: none, {}. Checks that it can train the network."""
-    del key
+    arguments.key('key', key)
+    arguments.network(net)
+    arguments.step(variables, x, None)
     self.check(self.seen_by(net, variables, x).survey(variables, x))
     return {}
 
@@ -98,9 +101,13 @@ class Base(feedback_lib.NoFeedback):
       self, net: base.Network, loss: base.Loss, *,
       reduction: str | Mapping[str, str] = 'mean') -> Callable[..., Any]:
     """As `bpjax.engines.credit.Rule.value_and_grad`."""
+    arguments.network(net)
+    arguments.loss(loss)
     reduction_lib.check(reduction)
 
     def learn(variables, feedback, x, y, key=None):
+      arguments.step(variables, x, key)
+      arguments.no_feedback(self.name, feedback)
       self.check(self.seen_by(net, variables, x).survey(variables, x))
       value, aux, grads, count = self.differentiate(
           net, loss, variables, feedback, x, y, key)

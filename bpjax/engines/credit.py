@@ -14,6 +14,7 @@ import functools
 import inspect
 from typing import Any
 
+from bpjax import arguments
 from bpjax import base
 from bpjax import paths
 from bpjax.engines import checks
@@ -195,6 +196,9 @@ class Rule:
     Raises:
       ValueError: if the rule cannot train this network.
     """
+    arguments.key('key', key)
+    arguments.network(net)
+    arguments.step(variables, x, None)
     net = self.seen_by(net, variables, x)
     survey = net.survey(variables, x)
     self.check(survey)
@@ -221,11 +225,23 @@ class Rule:
 
   def _check_feedback(self, net, variables, x, feedback):
     """Raises a ValueError unless it is what `init` returns for this network."""
+    if not isinstance(feedback, Mapping):
+      raise ValueError(
+          f'`feedback` must be what `rule.init` returned, a mapping, got '
+          f'{type(feedback).__name__}.')
     survey = net.survey(variables, x)
     if self not in survey.feedback_shapes:
       jax.eval_shape(
           lambda key: self.init(key, net, variables, x), jax.random.key(0))
     wanted, given = survey.feedback_shapes[self], _shapes(feedback)
+    for name, (shape, is_float) in given.items():
+      if wanted.get(name) == (shape, not is_float):
+        raise ValueError(
+            f'`feedback` at `{name}` must be '
+            f'{"whole" if is_float else "floating-point"} numbers under rule '
+            f'`{self.name}`, got {"floats" if is_float else "whole numbers"}.')
+    wanted, given = (
+        {n: shape for n, (shape, _) in s.items()} for s in (wanted, given))
     for name in {**wanted, **given}:
       if wanted.get(name) != given.get(name):
         unit = next((u for u in net.survey(variables, x).units
@@ -360,9 +376,12 @@ class Rule:
       >>> (value, aux), (grads, feedback_grads) = learn(
       ...     variables, feedback, x, y)
     """
+    arguments.network(net)
+    arguments.loss(loss)
     reduction_lib.check(reduction)
 
     def learn(variables, feedback, x, y, key=None):
+      arguments.step(variables, x, key)
       value, aux, grads, count = self.differentiate(
           net, loss, variables, feedback, x, y, key, reduction=reduction)
       return (value, aux), reduction_lib.apply(reduction, grads[:2], count)
@@ -390,7 +409,11 @@ class Rule:
     state = {c: v for c, v in variables.items() if c not in _OWN}
     given, feedback = feedback, dict(feedback)
     shared = feedback.get(SHARED, {})
-    count = jax.eval_shape(loss, survey.output, y).size
+    # Labels stay as they are, so that known ones can be refused.
+    losses = jax.eval_shape(lambda output: loss(output, y), survey.output)
+    if settle is None:
+      reduction_lib.check_losses(losses, survey.output)
+    count = losses.size
     sources, depth = self._sources(survey)
     readouts = self._readouts(survey) if settle is None else ()
     taps = paths.nest({
@@ -591,7 +614,11 @@ class Rule:
 
 
 def _shapes(tree):
-  return dict(zip(paths.leaf_names(tree), map(jnp.shape, jax.tree.leaves(tree))))
+  """Path -> the shape of the leaf, and whether it holds floats."""
+  leaves = [jnp.asarray(leaf) if isinstance(leaf, (int, float)) else leaf
+            for leaf in jax.tree.leaves(tree)]
+  return {name: (leaf.shape, jnp.issubdtype(leaf.dtype, jnp.inexact))
+          for name, leaf in zip(paths.leaf_names(tree), leaves)}
 
 
 def settled(loss, y, output):

@@ -15,6 +15,7 @@ import functools
 import itertools
 from typing import Any
 
+from bpjax import arguments
 from bpjax import base
 from bpjax import paths
 from bpjax.engines import base as engine
@@ -116,9 +117,15 @@ class Rule(engine.Base):
       self, net: network.Network, loss: base.Loss, *,
       reduction: str | Mapping[str, str] = 'mean') -> Callable[..., Any]:
     """As `bpjax.engines.credit.Rule.value_and_grad`; `learn` needs a `key` here."""
+    arguments.network(net)
+    arguments.loss(loss)
     reduction_lib.check(reduction)
 
     def learn(variables, feedback, x, y, key=None):
+      arguments.step(variables, x, key)
+      arguments.no_feedback(self.name, feedback)
+      jax.eval_shape(
+          lambda output: loss(output, y), net.survey(variables, x).output)
       value, aux, grads, count, _ = self.differentiate(
           net, variables, x, key, Whole(loss, y))
       grads, = reduction_lib.apply(reduction, (grads,), count)

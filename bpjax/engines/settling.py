@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 import dataclasses
 from typing import Any
 
+from bpjax import arguments
 from bpjax import base
 from bpjax.engines import base as engine
 from bpjax.engines import checks
@@ -123,9 +124,15 @@ class Rule(engine.Base):
     `variables` may hold 'particles', from which the free phase goes on, and
     `aux.model_state` holds those at its end, one row an example.
     """
+    arguments.network(net)
+    arguments.loss(loss)
     reduction_lib.check(reduction)
 
     def learn(variables, feedback, x, y, key=None):
+      arguments.step(variables, x, key)
+      arguments.no_feedback(self.name, feedback)
+      jax.eval_shape(
+          lambda output: loss(output, y), net.survey(variables, x).output)
       value, aux, grads, count, _ = self.differentiate(
           net, loss, variables, x, y, key)
       grads, = reduction_lib.apply(reduction, (grads,), count)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 from typing import Any
 
+from bpjax import arguments
 from bpjax import base
 from bpjax.engines import credit
 from bpjax.engines import perturbation
@@ -117,10 +118,8 @@ def local(
         '`loss` must be a local loss, such as bpjax.local_losses.prediction('
         f'loss=...), got {getattr(loss, "__name__", loss)!r}; that of the '
         "model's output goes to `value_and_grad`.")
-  if isinstance(blocks, str):
-    blocks = (blocks,)
   if not callable(blocks):
-    blocks = tuple(blocks)
+    blocks = arguments.patterns('blocks', blocks)
     twice = sorted({b for b in blocks if blocks.count(b) > 1})
     if twice or not blocks:
       raise ValueError(
@@ -129,13 +128,12 @@ def local(
   for name, value, known in (
       ('stop', stop, _STOPS), ('placement', placement, _PLACEMENTS),
       ('readout', readout, _READOUTS)):
-    if value not in known:
-      raise ValueError(
-          f'`{name}` must be one of {", ".join(known)}, got {value!r}.')
+    arguments.choice(name, value, known)
   for name, value in (('groups', groups), ('stop_every', stop_every)):
-    if isinstance(value, bool) or value != int(value) or value < 1:
-      raise ValueError(
-          f'`{name}` must be a whole number of at least 1, got {value}.')
+    arguments.whole(name, value)
+  arguments.flag('grouped', grouped)
+  arguments.whole('stop_remainder', stop_remainder, least=-1)
+  branches = arguments.patterns('branches', branches)
   if not -1 <= stop_remainder < stop_every or stop_remainder != int(
       stop_remainder):
     raise ValueError(
@@ -162,8 +160,7 @@ def local(
     raise ValueError(
         f'`noise` must be None in a rule of local losses, got {rule.noise!r}: '
         'it compares estimators on one loss of the whole model.')
-  if head_scale < 0:
-    raise ValueError(f'`head_scale` must be at least 0, got {head_scale}.')
+  arguments.number('head_scale', head_scale, least=0)
   return Local(
       rule, blocks, loss or local_losses.prediction(), placement, int(groups),
       grouped, stop, int(stop_every), int(stop_remainder), tuple(branches),
@@ -247,6 +244,9 @@ class Local:
     Raises:
       ValueError: if the blocks or the rule do not fit the network.
     """
+    arguments.key('key', key)
+    arguments.network(net)
+    arguments.step(variables, x, None)
     rule_key, head_key = jax.random.split(key)
     view, *rest = self.views(net)
     if rest:  # A unit hands an error down in one pass and not in the other.
@@ -312,9 +312,13 @@ class Local:
     Raises:
       ValueError: before any computation, if the rule cannot train the network.
     """
+    arguments.network(net)
+    arguments.loss(loss)
     reduction_lib.check(reduction)
 
     def learn(variables, feedback, x, y, key=None):
+      arguments.step(variables, x, key)
+      self._check_feedback(net, variables, x, feedback)
       passes = [
           self._pass(view, loss, variables, feedback, x, y, key, reduction, i)
           for i, view in enumerate(self.views(net))]
@@ -347,6 +351,18 @@ class Local:
       updates = grads, jax.tree.map(jnp.zeros_like, feedback['rule'])
     aux = aux._replace(output=aux.output[view_lib.OUTPUT])
     return value, aux, updates, losses.heads, count
+
+  def _check_feedback(self, net, variables, x, feedback):
+    """Raises a ValueError unless there is a head for each block, and no other."""
+    view = self.views(net)[0]
+    view.survey(variables, x)
+    if not isinstance(feedback, Mapping) or {*feedback} != {'rule', 'heads'} or (
+        not isinstance(feedback['heads'], Mapping)
+        or {*feedback['heads']} != {*self._with_heads(view)}):
+      raise ValueError(
+          "`feedback` must have 'rule', and under 'heads' one for each of the "
+          f'blocks {", ".join(self._with_heads(view))}; pass what `rule.init` '
+          'returned for this network.')
 
   def _losses(self, i, view, feedback, loss, x, y):
     # A readout that is alone has one loss to learn from, in the first pass.

@@ -11,6 +11,7 @@ import dataclasses
 import math
 from typing import Any
 
+from bpjax import arguments
 from bpjax import base
 from bpjax import blocks
 from bpjax import replicated
@@ -77,8 +78,7 @@ def prediction(
     >>> local.predict(head, h).shape
     (2, 3)
   """
-  if scale < 0:
-    raise ValueError(f'`scale` must be at least 0, got {scale}.')
+  arguments.number('scale', scale, least=0)
 
   def init(key, features, output):
     fan_in, outputs = features.shape[-1], output.shape[-1]
@@ -127,10 +127,10 @@ def similarity(
   Example:
     >>> local = similarity(10)
   """
-  if classes != int(classes) or classes < 2:
-    raise ValueError(
-        f'`classes` must be a whole number of at least 2, got {classes}.')
-  if kernel != int(kernel) or kernel < 1 or kernel % 2 == 0:
+  arguments.whole('classes', classes, least=2)
+  arguments.whole('kernel', kernel)
+  arguments.number('scale', scale, least=0)
+  if kernel % 2 == 0:
     raise ValueError(
         f'`kernel` must be a positive odd number, got {kernel}.')
 
@@ -183,8 +183,7 @@ def prediction_and_similarity(
   Example:
     >>> local = prediction_and_similarity(10)
   """
-  if not 0 <= share <= 1:
-    raise ValueError(f'`share` must be in [0, 1], got {share}.')
+  arguments.number('share', share, least=0, most=1)
   parts = {'prediction': prediction(), 'similarity': similarity(classes, kernel)}
 
   def init(key, features, output):
@@ -248,11 +247,9 @@ def contrastive(
     (6,)
   """
   blocks.check_sizes('dim', dim)
-  blocks.check_choice('negatives', negatives, replicated.NEGATIVES)
-  if not temperature > 0:
-    raise ValueError(f'`temperature` must be positive, got {temperature}.')
-  if scale < 0:
-    raise ValueError(f'`scale` must be at least 0, got {scale}.')
+  arguments.choice('negatives', negatives, replicated.NEGATIVES)
+  arguments.number('temperature', temperature, above=0)
+  arguments.number('scale', scale, least=0)
 
   def init(key, features, output):
     del output

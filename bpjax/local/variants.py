@@ -111,7 +111,7 @@ def variant(
     >>> rule.stop, rule.placement, rule.rule.name
     ('output', 'group', 'forward_gradient')
   """
-  if name not in _VARIANTS:
+  if not isinstance(name, str) or name not in _VARIANTS:
     raise ValueError(
         f'`name` must be a variant of the paper, got {name!r}; '
         f'{paths.nearest(name, _VARIANTS)}.')

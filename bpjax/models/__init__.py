@@ -35,7 +35,7 @@ def get(name: str):
   Example:
     >>> model = get('mlp')(num_classes=10, widths=(64, 64))
   """
-  if name not in _NAMES:
+  if not isinstance(name, str) or name not in _NAMES:
     raise ValueError(
         f'`model` must be the name of a model, got {name!r}; '
         f'{paths.nearest(name, _NAMES)}.')

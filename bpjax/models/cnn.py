@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 
 from bpjax import activations
+from bpjax import arguments
+from bpjax import blocks
 import flax.linen as nn
 import jax.numpy as jnp
 
@@ -48,6 +50,10 @@ def cnn(
   Example:
     >>> model = cnn(10, channels=(16, 32), norm='group')
   """
-  if norm not in ('batch', 'group', 'none'):
-    raise ValueError(f"`norm` must be 'batch', 'group' or 'none', got {norm!r}.")
+  arguments.choice('norm', norm, ('batch', 'group', 'none'))
+  blocks.check_sizes('num_classes', num_classes)
+  blocks.check_sizes('channels', *channels)
+  if norm == 'group':
+    for size in channels:
+      blocks.check_divides('group_size', blocks.GROUP_SIZE, 'channels', size)
   return CNN(num_classes, tuple(channels), activations.get(activation), norm)

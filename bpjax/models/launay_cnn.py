@@ -4,6 +4,7 @@ from collections.abc import Callable
 import functools
 
 from bpjax import activations
+from bpjax import arguments
 from bpjax import blocks
 import flax.linen as nn
 import jax.numpy as jnp
@@ -91,7 +92,7 @@ def launay_cnn(
   blocks.check_sizes('num_classes', num_classes)
   blocks.check_rate('input_dropout', input_dropout)
   blocks.check_rate('dropout', dropout)
-  blocks.check_choice('init', init, ('he', 'torch'))
+  arguments.choice('init', init, ('he', 'torch'))
   return LaunayCNN(
       num_classes, activations.get(activation), batch_norm, input_dropout,
       dropout, init)

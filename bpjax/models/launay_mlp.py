@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 import functools
 
 from bpjax import activations
+from bpjax import arguments
 from bpjax import blocks
 import flax.linen as nn
 import jax.numpy as jnp
@@ -83,7 +84,7 @@ def launay_mlp(
   blocks.check_sizes('widths', *widths)
   blocks.check_rate('input_dropout', input_dropout)
   blocks.check_rate('dropout', dropout)
-  blocks.check_choice('init', init, blocks.INITS)
+  arguments.choice('init', init, blocks.INITS)
   return LaunayMLP(
       num_classes, widths, activations.get(activation), batch_norm,
       input_dropout, dropout, init)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from bpjax import activations
+from bpjax import arguments
 from bpjax import blocks
 import flax.linen as nn
 import jax.numpy as jnp
@@ -68,6 +69,6 @@ def lenet(
     >>> model = lenet(10, activation='relu', pool='max', padding='SAME')
   """
   blocks.check_sizes('num_classes', num_classes)
-  blocks.check_choice('pool', pool, ('average', 'max'))
-  blocks.check_choice('padding', padding, ('VALID', 'SAME'))
+  arguments.choice('pool', pool, ('average', 'max'))
+  arguments.choice('padding', padding, ('VALID', 'SAME'))
   return LeNet(num_classes, activations.get(activation), pool, padding)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 import functools
 import math
 
+from bpjax import arguments
 from bpjax import blocks as blocks_lib
 from bpjax import nn as layers
 import flax.linen as nn
@@ -23,7 +24,6 @@ INITS = {
     'constant': lambda fan_in: .1,
 }
 MIXERS = ('dense', 'conv')
-DTYPES = (None, 'float64', 'float32', 'bfloat16', 'float16')
 
 
 class _Einsum(nn.Einsum):
@@ -264,10 +264,10 @@ def local_mixer(
   Example:
     >>> model = local_mixer(10, 'm/8/16', channels=64)
   """
-  blocks_lib.check_choice('size', size, tuple(SIZES))
-  blocks_lib.check_choice('dtype', dtype, DTYPES)
-  blocks_lib.check_choice('mixer', mixer, MIXERS)
-  blocks_lib.check_choice('init', init, tuple(INITS))
+  arguments.choice('size', size, tuple(SIZES))
+  arguments.dtype('dtype', dtype, blocks_lib.DTYPES)
+  arguments.choice('mixer', mixer, MIXERS)
+  arguments.choice('init', init, tuple(INITS))
   given = {'blocks': blocks, 'patches': patches, 'channels': channels,
            'groups': groups}
   sizes = SIZES[size] | {k: v for k, v in given.items() if v is not None}

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 import functools
 
 from bpjax import activations
+from bpjax import arguments
 from bpjax import blocks
 from bpjax import nn as layers
 import flax.linen as nn
@@ -73,14 +74,13 @@ def mlp(
     >>> model = mlp(10, widths=(64,), activation='tanh')
   """
   widths = tuple(widths) if isinstance(widths, Sequence) else (widths,)
-  if any(int(w) != w or w < 1 for w in (*widths, num_classes)):
-    raise ValueError(
-        '`widths` and `num_classes` must be positive whole numbers, got '
-        f'{widths} and {num_classes}.')
-  if not 0 <= dropout < 1:
-    raise ValueError(f'`dropout` must be in [0, 1), got {dropout}.')
-  blocks.check_choice('init', init, blocks.INITS)
-  blocks.check_choice('units', units, ('affine', 'layer'))
+  blocks.check_sizes('widths', *widths)
+  blocks.check_sizes('num_classes', num_classes)
+  blocks.check_rate('dropout', dropout)
+  arguments.flag('batch_norm', batch_norm)
+  arguments.dtype('dtype', dtype, blocks.DTYPES)
+  arguments.choice('init', init, blocks.INITS)
+  arguments.choice('units', units, ('affine', 'layer'))
   if units == 'layer' and batch_norm:
     raise ValueError(
         "`batch_norm` must be False with `units='layer'`, since BatchNorm cannot "

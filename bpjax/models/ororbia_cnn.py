@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 import functools
 
 from bpjax import activations
+from bpjax import arguments
 from bpjax import blocks
 from bpjax import nn as layers
 import flax.linen as nn
@@ -88,8 +89,8 @@ def ororbia_cnn(
   """
   blocks.check_sizes('num_classes', num_classes)
   blocks.check_sizes('channels', *channels)
-  blocks.check_choice('conv', conv, blocks.CONVS)
-  blocks.check_choice('units', units, ('affine', 'layer'))
+  arguments.choice('conv', conv, blocks.CONVS)
+  arguments.choice('units', units, ('affine', 'layer'))
   blocks.check_scale('perturbation', perturbation)
   return OrorbiaCNN(
       num_classes, tuple(channels), activations.get(activation), conv,

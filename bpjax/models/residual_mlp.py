@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 import functools
 
 from bpjax import activations
+from bpjax import arguments
 from bpjax import blocks
 from bpjax import nn as layers
 import flax.linen as nn
@@ -84,6 +85,6 @@ def residual_mlp(
   blocks.check_sizes('num_classes', num_classes)
   blocks.check_sizes('widths', *widths)
   blocks.check_sizes('gap', gap)
-  blocks.check_choice('init', init, blocks.INITS)
+  arguments.choice('init', init, blocks.INITS)
   return ResidualMLP(
       num_classes, tuple(widths), gap, activations.get(activation), init)

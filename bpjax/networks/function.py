@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 import functools
 from typing import Any
 
+from bpjax import arguments
 from bpjax import base
 from bpjax import inputs as inputs_lib
 from bpjax.networks import network
@@ -52,7 +53,8 @@ def from_function(
     >>> list(net.units)
     ['hidden', 'out']
   """
-  if not callable(apply):
+  arguments.flag('state', state)
+  if not callable(apply) or isinstance(apply, type):
     raise ValueError(
         f'`apply` must be a function, got {type(apply).__name__}; pass '
         '`lambda params, x: ...`.')

@@ -11,6 +11,7 @@ import functools
 import itertools
 from typing import Any
 
+from bpjax import arguments as arguments_lib
 from bpjax import base
 from bpjax import inputs as inputs_lib
 from bpjax import nn as bpjax_nn
@@ -83,6 +84,14 @@ def from_linen(
     raise ValueError(
         f'`model` must be a flax.linen.Module, got {type(model).__name__}; '
         'pass an instance such as `MLP()`, not a class or a function.')
+  boundaries = arguments_lib.patterns('boundaries', boundaries)
+  rngs = arguments_lib.patterns('rngs', rngs)
+  arguments_lib.is_unit(is_unit)
+  for name, given in (('train_args', train_args), ('eval_args', eval_args)):
+    if given is not None and not isinstance(given, Mapping):
+      raise ValueError(
+          f"`{name}` must be keyword arguments, such as {{'train': True}}, got "
+          f'{given!r}.')
   found = inputs_lib.flags(type(model).__call__)
   if train_args is None:
     train_args = found
@@ -120,6 +129,8 @@ class Network(network.Network):
     Returns:
       The variables: `params` and the model's own collections.
     """
+    arguments_lib.key('key', key)
+    arguments_lib.batch(x)
     variables = dict(inputs_lib.call(
         functools.partial(self.model.init, key), x, **self._eval_args))
     variables.setdefault('params', {})

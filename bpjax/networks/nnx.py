@@ -13,6 +13,7 @@ import functools
 import itertools
 from typing import Any
 
+from bpjax import arguments
 from bpjax import base
 from bpjax import inputs as inputs_lib
 from bpjax import nn as bpjax_nn
@@ -90,6 +91,8 @@ def from_nnx(
         f'`module` must be a flax.nnx.Module, got {type(module).__name__}; '
         'pass a built one such as `MLP(rngs=nnx.Rngs(0))`, and a linen module '
         'to `from_linen`.')
+  boundaries = arguments.patterns('boundaries', boundaries)
+  arguments.is_unit(is_unit)
   chosen = is_unit or (lambda module: False)
   return Network(
       module, lambda m: isinstance(m, bpjax_nn.NnxLayer) or chosen(m),

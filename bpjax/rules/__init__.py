@@ -92,7 +92,7 @@ def get(name: str):
   Example:
     >>> rule = get('feedback_alignment')(scale=.5)
   """
-  if name not in _NAMES:
+  if not isinstance(name, str) or name not in _NAMES:
     raise ValueError(
         f'`rule` must be the name of a learning rule, got {name!r}; '
         f'{paths.nearest(name, _NAMES)}.')

@@ -8,6 +8,7 @@ networks with direct feedback alignment, Launay, Poli and Krzakala, 2019
 
 import math
 
+from bpjax import arguments
 from bpjax import base
 from bpjax import feedback as feedback_lib
 from bpjax import projection
@@ -97,27 +98,19 @@ def direct_feedback_alignment(
     >>> import bpjax
     >>> rule = bpjax.rules.direct_feedback_alignment(shared=True)
   """
-  if scale <= 0:
-    raise ValueError(f'`scale` must be positive, got {scale}.')
-  if placement not in ('layers', 'boundaries'):
-    raise ValueError(
-        f"`placement` must be 'layers' or 'boundaries', got {placement!r}.")
+  arguments.number('scale', scale, above=0)
+  for name, value in (('shared', shared), ('stored', stored)):
+    arguments.flag(name, value)
+  arguments.choice('normalise', normalise, (True, False, 'largest'))
+  arguments.choice('placement', placement, ('layers', 'boundaries'))
+  arguments.choice('error', error, ('output', 'hidden'))
+  arguments.choice('entries', entries, ('normal', 'uniform'))
+  arguments.whole('connections', connections, least=0)
+  connections = int(connections)
   if shared and not stored:
     raise ValueError(
         '`stored` must be True with `shared=True`, which keeps one matrix for '
         'all layers; draw one for each layer, `shared=False`.')
-  if error not in ('output', 'hidden'):
-    raise ValueError(f"`error` must be 'output' or 'hidden', got {error!r}.")
-  if entries not in ('normal', 'uniform'):
-    raise ValueError(
-        f"`entries` must be 'normal' or 'uniform', got {entries!r}.")
-  if normalise not in (True, False, 'largest'):
-    raise ValueError(
-        f"`normalise` must be True, False or 'largest', got {normalise!r}.")
-  if connections != int(connections) or connections < 0:
-    raise ValueError(
-        '`connections` must be a whole number, or 0 for all entries, got '
-        f'{connections}.')
 
   def projects(info):
     """Whether the unit hands down a projection of the error."""

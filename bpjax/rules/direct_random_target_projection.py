@@ -7,6 +7,7 @@ Neuroscience 2021 (https://arxiv.org/abs/1909.01311).
 
 import math
 
+from bpjax import arguments
 from bpjax import base
 from bpjax import feedback as feedback_lib
 from bpjax import projection
@@ -47,8 +48,7 @@ def direct_random_target_projection(scale: float = 1.) -> credit.Rule:
     >>> import bpjax
     >>> rule = bpjax.rules.direct_random_target_projection(scale=.5)
   """
-  if not 0 < scale < math.inf:
-    raise ValueError(f'`scale` must be positive, got {scale}.')
+  arguments.number('scale', scale, above=0)
 
   def init_unit(key, info, params):
     if not projection.sends(info):

@@ -6,8 +6,8 @@ backpropagation, Scellier and Bengio, Frontiers in Computational Neuroscience 20
 """
 
 import functools
-import math
 
+from bpjax import arguments
 from bpjax import base
 from bpjax.engines import settling
 import jax
@@ -76,17 +76,12 @@ def equilibrium_propagation(
     >>> rule = bpjax.rules.equilibrium_propagation(nudge='symmetric')
   """
   for name, value in (('free_steps', free_steps), ('nudged_steps', nudged_steps)):
-    if isinstance(value, bool) or value != int(value) or value < 1:
-      raise ValueError(
-          f'`{name}` must be a whole number of at least 1, got {value}.')
+    arguments.whole(name, value)
   for name, value in (('beta', beta), ('step_size', step_size)):
-    if not 0 < value < math.inf:
-      raise ValueError(f'`{name}` must be positive, got {value}.')
+    arguments.number(name, value, above=0)
   for name, value, known in (
       ('nudge', nudge, _NUDGES), ('readout', readout, _READOUTS)):
-    if value not in known:
-      raise ValueError(
-          f'`{name}` must be one of {", ".join(known)}, got {value!r}.')
+    arguments.choice(name, value, known)
   return settling.Rule(
       'equilibrium_propagation', _energy, _rest,
       functools.partial(_within, readout == 'clip'), int(free_steps),

@@ -5,6 +5,7 @@ learning, Lillicrap, Cownden, Tweed and Akerman, Nature Communications 2016
 (https://arxiv.org/abs/1411.0247).
 """
 
+from bpjax import arguments
 from bpjax import base
 from bpjax import feedback as feedback_lib
 from bpjax.engines import credit
@@ -49,8 +50,7 @@ def feedback_alignment(
     >>> import bpjax
     >>> rule = bpjax.rules.feedback_alignment(scale=.5)
   """
-  if scale <= 0:
-    raise ValueError(f'`scale` must be positive, got {scale}.')
+  arguments.number('scale', scale, above=0)
 
   def init_unit(key, info, params):
     return feedback_lib.draw(key, info, params, scale)

@@ -6,6 +6,7 @@ losses, Ren, Kornblith, Liao and Hinton, ICLR 2023
 (https://arxiv.org/abs/2210.03310).
 """
 
+from bpjax import arguments
 from bpjax import base
 from bpjax.engines import perturbation
 
@@ -96,25 +97,20 @@ def forward_gradient(
     >>> import bpjax
     >>> rule = bpjax.rules.forward_gradient(directions='rademacher')
   """
-  if perturb not in ('activity', 'weight'):
-    raise ValueError(
-        f"`perturb` must be 'activity' or 'weight', got {perturb!r}.")
-  if directions not in ('gaussian', 'rademacher', 'orthogonal'):
-    raise ValueError(
-        "`directions` must be 'gaussian', 'rademacher' or 'orthogonal', got "
-        f'{directions!r}.')
-  if not 0 <= epsilon < float('inf'):
-    raise ValueError(f'`epsilon` must be at least 0, got {epsilon}.')
+  arguments.choice('perturb', perturb, ('activity', 'weight'))
+  arguments.choice(
+      'directions', directions, ('gaussian', 'rademacher', 'orthogonal'))
+  for name, value in (
+      ('exact_readout', exact_readout), ('antithetic', antithetic),
+      ('loop', loop)):
+    arguments.flag(name, value)
+  arguments.number('epsilon', epsilon, least=0)
   if antithetic and not epsilon:
     raise ValueError(
         '`antithetic` must be False without finite differences, since the exact '
         'derivative along -u gives the update of u; give `epsilon=1e-3`, say.')
-  if isinstance(samples, bool) or samples != int(samples) or samples < 1:
-    raise ValueError(
-        f'`samples` must be a whole number of at least 1, got {samples}.')
-  if noise not in (None, *_NOISE):
-    raise ValueError(
-        f"`noise` must be None, 'shared' or 'independent', got {noise!r}.")
+  arguments.whole('samples', samples)
+  arguments.choice('noise', noise, (None, *_NOISE))
   if recompute and (epsilon or directions == 'orthogonal'):
     raise ValueError(
         "`recompute` must be False with `epsilon` or directions='orthogonal', "

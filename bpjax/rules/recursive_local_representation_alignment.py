@@ -8,6 +8,7 @@ https://arxiv.org/abs/2002.03911).
 from collections.abc import Mapping
 import math
 
+from bpjax import arguments
 from bpjax import base
 from bpjax import feedback as feedback_lib
 from bpjax import projection
@@ -103,15 +104,10 @@ def recursive_local_representation_alignment(
   """
   wiring_lib.check(wiring, gap)
   for name, value in (('beta', beta), ('gamma', gamma), ('radius', radius)):
-    if not 0 <= value < math.inf:
-      raise ValueError(f'`{name}` must be at least 0, got {value}.')
-  if scale <= 0:
-    raise ValueError(f'`scale` must be positive, got {scale}.')
-  if not 0 <= l2_share <= 1:
-    raise ValueError(f'`l2_share` must be in [0, 1], got {l2_share}.')
-  if update not in _UPDATES:
-    raise ValueError(
-        f'`update` must be one of {", ".join(_UPDATES)}, got {update!r}.')
+    arguments.number(name, value, least=0)
+  arguments.number('scale', scale, above=0)
+  arguments.number('l2_share', l2_share, least=0, most=1)
+  arguments.choice('update', update, _UPDATES)
   if direct_update not in _DIRECT_UPDATES:
     raise ValueError(
         f'`direct_update` must be one of {", ".join(_DIRECT_UPDATES)}, got '

@@ -8,6 +8,7 @@ algorithms can scale to large datasets, Xiao, Chen, Liao and Poggio, ICLR 2019
 
 import math
 
+from bpjax import arguments
 from bpjax import base
 from bpjax import feedback as feedback_lib
 from bpjax.engines import credit
@@ -57,13 +58,9 @@ def sign_symmetry(
     >>> import bpjax
     >>> rule = bpjax.rules.sign_symmetry('frSF')
   """
-  if variant not in _VARIANTS:
-    raise ValueError(
-        f"`variant` must be 'uSF', 'brSF' or 'frSF', got {variant!r}.")
-  if scale <= 0:
-    raise ValueError(f'`scale` must be positive, got {scale}.')
-  if zero_sign not in (0, 1):
-    raise ValueError(f'`zero_sign` must be 0 or 1, got {zero_sign!r}.')
+  arguments.choice('variant', variant, _VARIANTS)
+  arguments.number('scale', scale, above=0)
+  arguments.choice('zero_sign', zero_sign, (0, 1))
 
   def sign(weights):
     signs = jnp.sign(weights)

@@ -7,6 +7,7 @@ Difference target propagation, Lee, Zhang, Fischer and Bengio, ECML/PKDD 2015
 import math
 
 from bpjax import activations as activations_lib
+from bpjax import arguments
 from bpjax import base
 from bpjax import feedback as feedback_lib
 from bpjax.engines import credit
@@ -92,16 +93,12 @@ def propagation(
   For the arguments, see `target_propagation`.
   """
   for key, value in (('step', step), ('sigma', sigma)):
-    if not 0 <= value < math.inf:
-      raise ValueError(f'`{key}` must be at least 0, got {value}.')
-  if not 0 < scale < math.inf:
-    raise ValueError(f'`scale` must be positive, got {scale}.')
+    arguments.number(key, value, least=0)
+  arguments.number('scale', scale, above=0)
   for key, value, known in (
       ('top', top, _TOPS), ('readout', readout, tuple(_READOUTS))):
-    if value not in known:
-      raise ValueError(
-          f'`{key}` must be one of {", ".join(known)}, got {value!r}.')
-  phi = activations_lib.get(inverse)
+    arguments.choice(key, value, known)
+  phi = activations_lib.get(inverse, 'inverse')
 
   def has_inverse(info):
     # Of a lookup there is none: nothing below whole numbers has a target.

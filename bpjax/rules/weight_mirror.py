@@ -6,6 +6,7 @@ Tweed, NeurIPS 2019 (https://arxiv.org/abs/1904.05391).
 
 import functools
 
+from bpjax import arguments
 from bpjax import base
 from bpjax import feedback as feedback_lib
 from bpjax import paths
@@ -81,17 +82,13 @@ def weight_mirror(
     >>> tx = optax.multi_transform(  # Over (params, feedback).
     ...     {'w': optax.adam(1e-3), 'b': optax.sgd(1.)}, ('w', 'b'))
   """
-  for name, value, least in (
-      ('rate', rate, 0), ('sigma', sigma, 0), ('scale', scale, 0)):
-    if value <= least:
-      raise ValueError(f'`{name}` must be positive, got {value}.')
-  if not 0 <= decay < 1:
-    raise ValueError(f'`decay` must be in [0, 1), got {decay}.')
-  if samples != int(samples) or samples < 1:
-    raise ValueError(
-        f'`samples` must be a whole number of at least 1, got {samples}.')
-  if noise not in _NOISE:
-    raise ValueError(f"`noise` must be 'normal' or 'uniform', got {noise!r}.")
+  for name, value in (('rate', rate), ('sigma', sigma), ('scale', scale)):
+    arguments.number(name, value, above=0)
+  arguments.number('decay', decay, least=0, below=1)
+  arguments.whole('samples', samples)
+  samples = int(samples)
+  arguments.choice('noise', noise, _NOISE)
+  arguments.flag('bias', bias)
   psi = activation_named(activation)
   alignment = feedback_alignment(scale)
 

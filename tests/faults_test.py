@@ -481,8 +481,8 @@ def test_every_rule_says_that_it_diverged(rule, tmp_path):
   code = launch_lib.launch(
       _config(rule=rule, learning_rate=1e10, **fields), str(tmp_path / 'run'),
       quiet=True)
-  last = (tmp_path / 'run' / 'log.txt').read_text().splitlines()[-1]
   assert code in (0, 3)
+  last = (tmp_path / 'run' / 'log.txt').read_text().splitlines()[-1]
   if code == 3:
     assert 'not finite' in last or 'the loss of rule' in last
   else:

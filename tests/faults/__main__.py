@@ -49,13 +49,17 @@ def main() -> int:
   total = {o: sum(c[o] for c in table.values()) for o in harness.OUTCOMES}
   print('| all | ' + ' | '.join(map(str, total.values())) + ' |')
   stopped = sorted(o.stopped for o in outcomes if o.stopped)
-  print(f'{len(outcomes)} faults in {time.monotonic() - begin:.0f} s; after a '
-        f'signal the longest command took {max(stopped, default=0):.2f} s')
+  pool.join()
+  cores = sum(os.times()[:4])
+  print(f'{len(outcomes)} faults in {time.monotonic() - begin:.0f} s, of which '
+        f'{cores:.0f} s of a core; after a signal the longest command took '
+        f'{max(stopped, default=0):.2f} s')
   if arguments.output:
     with open(arguments.output, 'w', encoding='utf-8') as file:
       json.dump({
           'command': ' '.join(['python -m tests.faults', *sys.argv[1:]]),
-          'faults': len(outcomes), 'total': total, 'table': table,
+          'faults': len(outcomes), 'seconds_of_a_core': round(cores),
+          'total': total, 'table': table,
           'seconds_after_a_signal': {
               'median': stopped[len(stopped) // 2] if stopped else None,
               'longest': max(stopped, default=None)},

@@ -74,10 +74,9 @@ class Harness:
     try:
       return getattr(self, f'_{kind}')(number, rng, path)
     finally:
-      for made in (path, path.with_name(f'{path.name}.said'),
-                   path.with_name(f'{path.name}.outside')):
-        if made.is_dir():
-          shutil.rmtree(made, ignore_errors=True)
+      for made in (path, path.with_name(f'{path.name}.said')):
+        shutil.rmtree(made, ignore_errors=True)
+      path.with_name(f'{path.name}.outside').unlink(missing_ok=True)
 
   def _begin(self, rng, path, finished=False):
     """A folder that does not exist, or is of a run that stopped on its way."""

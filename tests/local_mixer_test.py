@@ -343,8 +343,8 @@ class ErrorsTest(parameterized.TestCase):
       ({'mixer': 'token'}, "`mixer` must be 'dense' or 'conv'"),
       ({'dtype': 'floa'}, "`dtype` must be None, .*got 'floa'"),
       ({'init': 'he'}, "`init` must be 'kaiming', 'lecun' or 'constant'"),
-      ({'blocks': 0}, '`blocks` must be made of positive whole numbers'),
-      ({'patches': 1.5}, '`patches` must be made of positive whole numbers'))
+      ({'blocks': 0}, '`blocks` must be a whole number'),
+      ({'patches': 1.5}, '`patches` must be a whole number'))
   def test_arguments(self, arguments, message):
     with self.assertRaisesRegex(ValueError, message):
       tiny(**arguments)

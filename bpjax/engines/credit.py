@@ -700,13 +700,20 @@ def late(error: base.Tree, teaching: base.Array) -> base.Tree:
   """
   meshes = [jax.typeof(a).sharding.mesh
             for a in jax.tree.leaves((error, teaching))]
-  if not all(mesh.empty for mesh in meshes) or not teaching.size:
+  if not all(mesh.empty for mesh in meshes) or not teaching.size or (
+      not teaching.ndim):
     return error
 
   def wait(error, teaching):
-    first = teaching[(0,) * teaching.ndim]
+    first = teaching[(slice(None),) + (0,) * (teaching.ndim - 1)]
     never = jnp.isnan(first) & jnp.isinf(first)  # XLA does not see through it.
-    return jax.tree.map(lambda e: jnp.where(never, 0, e), error)
+
+    def of(e):  # Row by row: no device asks another where the batch is split.
+      if e.shape[:1] == never.shape:
+        return jnp.where(never.reshape(-1, *(1,) * (e.ndim - 1)), 0, e)
+      return jnp.where(never[0], 0, e)
+
+    return jax.tree.map(of, error)
 
   return jax.lax.platform_dependent(
       error, teaching, cpu=wait, default=lambda error, teaching: error)

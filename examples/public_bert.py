@@ -1,17 +1,15 @@
-"""Trains a BERT as public code has it, unmodified, by several rules.
+# %% [markdown]
+# # A public BERT, unmodified
+#
+# Queries, keys and values are modules of their own here, as public code has them,
+# and nothing in the model knows of this library. A sentence is random words among
+# which three stand out; its class is the one of these that occurs most often.
+#
+#     python examples/public_bert.py [--small]
 
-  python examples/public_bert.py [--steps=150]
-
-The model below is plain Flax: queries, keys and values are modules of their own,
-and nothing in it knows of this library. A sentence is random words among which
-three stand out; its class is the one of these that occurs most often. Padding is
-told by `attention_mask`. Rules that set targets refuse such a model in one
-sentence, since the three maps meet before anything is read of one alone;
-`bpjax.models.bert_encoder`, where they are one map, takes those as well.
-"""
-
-import argparse
+# %%
 import functools
+import sys
 
 import bpjax
 import flax.linen as nn
@@ -20,7 +18,16 @@ import jax.numpy as jnp
 import optax
 
 VOCABULARY, LENGTH, WIDTH, HEADS = 50, 16, 32, 4
+STEPS = 2 if '--small' in sys.argv else 150
 
+# %% [markdown]
+# ## The model
+#
+# Padding is told by `attention_mask`, which `from_linen` is told the name of, so
+# that a word that is not there neither teaches nor is taught.
+
+
+# %%
 
 class SelfAttention(nn.Module):
   """Attention over the words that are there, with dropout."""
@@ -64,6 +71,11 @@ class Bert(nn.Module):
     return nn.Dense(3, name='classifier')(x)
 
 
+# %% [markdown]
+# ## Data and training
+
+
+# %%
 def batch(key, size=64):
   """Sentences `[size, LENGTH]` with their mask, and classes."""
   word_key, length_key = jax.random.split(key)
@@ -75,7 +87,7 @@ def batch(key, size=64):
   return (bpjax.Inputs(words, attention_mask=mask), jnp.argmax(counts, 1))
 
 
-def train(rule, steps, boundaries=()):
+def train(rule, boundaries=()):
   """Accuracy on sentences that were not trained on."""
   net = bpjax.from_linen(Bert(), mask='attention_mask', boundaries=boundaries)
   x, _ = batch(jax.random.key(0))
@@ -93,7 +105,7 @@ def train(rule, steps, boundaries=()):
 
   @jax.jit
   def run(trees):
-    keys = jax.random.split(jax.random.key(3), steps)
+    keys = jax.random.split(jax.random.key(3), STEPS)
     (trees, _), _ = jax.lax.scan(step, (trees, tx.init(trees)), keys)
     x, y = batch(jax.random.key(4), 1000)
     output = rule.predict(net)({'params': trees[0]}, x)
@@ -102,27 +114,29 @@ def train(rule, steps, boundaries=()):
   return float(run((variables['params'], feedback)))
 
 
-def main():
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('--steps', type=int, default=150)
-  steps = parser.parse_args().steps
-  direct = bpjax.rules.direct_feedback_alignment
-  rows = {
-      'backprop': bpjax.rules.backprop(),
-      'feedback alignment': bpjax.rules.feedback_alignment(),
-      'Kolen-Pollack': bpjax.rules.kolen_pollack(),
-      'direct feedback to every projection': direct(),
-  }
-  trained = {name: functools.partial(train, rule) for name, rule in rows.items()}
-  trained['direct feedback to every layer'] = functools.partial(
-      train, direct(placement='boundaries'), boundaries=('layer_*',))
-  for name, accuracy in trained.items():
-    print(f'{name:36} {100 * accuracy(steps=steps):.1f}% of unseen sentences')
-  try:
-    train(bpjax.rules.local_representation_alignment(), steps)
-  except ValueError as error:
-    print(f'local representation alignment refuses: {error}')
+# %% [markdown]
+# ## Several rules
+#
+# Rules that set targets refuse such a model in one sentence, since the three maps
+# meet before anything is read of one alone; `bpjax.models.bert_encoder`, where
+# they are one map, takes those as well.
 
-
-if __name__ == '__main__':
-  main()
+# %%
+direct = bpjax.rules.direct_feedback_alignment
+rules = {
+    'backprop': functools.partial(train, bpjax.rules.backprop()),
+    'feedback alignment': functools.partial(
+        train, bpjax.rules.feedback_alignment()),
+    'Kolen-Pollack': functools.partial(train, bpjax.rules.kolen_pollack()),
+    'direct feedback to every projection': functools.partial(train, direct()),
+    'direct feedback to every layer': functools.partial(
+        train, direct(placement='boundaries'), ('layer_*',)),
+}
+if '--small' in sys.argv:
+  rules = {name: rules[name] for name in ('backprop', 'feedback alignment')}
+for name, accuracy in rules.items():
+  print(f'{name:36} {100 * accuracy():.1f}% of unseen sentences')
+try:
+  train(bpjax.rules.local_representation_alignment())
+except ValueError as error:
+  print(f'local representation alignment refuses: {error}')

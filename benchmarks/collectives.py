@@ -17,6 +17,7 @@ import collections
 import json
 import os
 import re
+import sys
 
 os.environ['XLA_FLAGS'] = (
     os.environ.get('XLA_FLAGS', '') +
@@ -187,7 +188,9 @@ def main(argv: list[str]) -> None:
           f'bytes, {row["bytes"] / row["bytes_asked"]:.3f} of the arithmetic')
   if _OUTPUT.value:
     with open(_OUTPUT.value, 'w', encoding='utf-8') as file:
-      json.dump({'jax': jax.__version__, 'devices': 8, **results}, file,
+      json.dump({'command': ' '.join(
+          ['python benchmarks/collectives.py', *sys.argv[1:]]),
+                 'jax': jax.__version__, 'devices': 8, **results}, file,
                 indent=1)
 
 

@@ -12,6 +12,7 @@ with a local loss. Then simulated, stage by stage and microbatch by microbatch, 
 from __future__ import annotations
 
 import json
+import sys
 
 from absl import app
 from absl import flags
@@ -129,7 +130,8 @@ def main(argv: list[str]) -> None:
   rich.console.Console(width=100).print(table)
   if _OUTPUT.value:
     with open(_OUTPUT.value, 'w', encoding='utf-8') as file:
-      json.dump({'machine': timing.machine(), 'milliseconds': times,
+      json.dump({'command': ' '.join(['python benchmarks/schedule.py', *sys.argv[1:]]),
+                 'machine': timing.machine(), 'milliseconds': times,
                  'backward_in_forward': ratios, 'rows': rows}, file, indent=1)
 
 

@@ -180,7 +180,8 @@ def evidence(file: str, kind: str, searched: str) -> str:
         f'median of {rounds} rounds, interleaved in one process; spread not '
         'recorded' if rounds else
         'standard errors in the table, where there are any')
-  epochs = sorted({r['epochs'] for r in runs if 'epochs' in r})
+  epochs = sorted({
+      r['epochs'] for r in runs if isinstance(r.get('epochs'), int)})  # No curves.
   if epochs or 'epochs' in held:
     lines['epochs'] = ', '.join(map(str, epochs or [held['epochs']]))
   sources = sorted({r['data_source'] for r in runs if 'data_source' in r})
@@ -394,8 +395,18 @@ def six_results() -> str:
        f'{ratio} of the time of plain JAX backprop', page('speed')]])
 
 
+def claims(file: str) -> str:
+  """The claims of a results file: bound, value, and whether it holds."""
+  return _table(['claim', 'what', 'bound', 'value', 'holds'], [
+      [str(c['claim']), c['text'].replace('|', '\\|'), c['bound'],
+       f'{c["value"]:.4g}' if isinstance(c['value'], float) else str(c['value']),
+       'yes' if c['holds'] else 'no']
+      for c in read(file)['claims']])
+
+
 FUNCTIONS: dict[str, Callable[..., str]] = {
     'checks': checks,
+    'claims': claims,
     'compile_times': compile_times,
     'evidence': evidence,
     'found': found,

@@ -324,6 +324,7 @@ def main() -> int:
     if found:
       faults.append(f'{source}: {found}')
   numbers = {
+      'command': ' '.join(['python tests/wrong_commands.py', *sys.argv[1:]]),
       'commands': len(listed), 'calls': len(CALLS), 'field_values': count,
       'generated_commands': len(generated()) if options.long else None,
       'faults': len(faults)}

@@ -12,9 +12,12 @@ import math
 from typing import Any
 
 from bpjax import base
+from bpjax import feedback as feedback_lib
 from bpjax.networks import examples
 import jax
 import jax.numpy as jnp
+
+STRUCTURES = ('dense', 'pyramid', 'channel', 'low_rank')  # Of B.
 
 
 def feedback_shape(
@@ -91,7 +94,7 @@ def spread(
   _, features, how = layout(error.shape, shape, feature_axes)
   if how != 'each':
     error = error.reshape(error.shape[0], -1)
-  message = _times(error, weights)
+  message = _times(error, weights, features)
   if how == 'broadcast':
     positions = shape[1:len(shape) - len(features)]
     ones = (1,) * (len(positions) + len(features))
@@ -133,13 +136,103 @@ def _place(info):
   return given[read_input(info)] if given else None
 
 
-def _times(error, weights):
-  """e B^T, over the last axis of the error."""
+def _times(error, weights, features):
+  """e B^T, over the last axis of the error, from B in any structure."""
   if not isinstance(weights, Mapping):
     return jnp.tensordot(error, weights.astype(error.dtype), 1)
-  return sum(
-      error[..., entries] * values.astype(error.dtype)
-      for entries, values in zip(weights['entries'], weights['values']))
+  weights = {name: w if name == 'entries' else w.astype(error.dtype)
+             for name, w in weights.items()}
+  if 'entries' in weights:
+    return sum(error[..., entries] * values for entries, values in zip(
+        weights['entries'], weights['values']))
+  if 'left' in weights:
+    return jnp.tensordot(
+        jnp.tensordot(error, weights['left'], 1), weights['right'], 1)
+  *positions, channels = features
+  top = jnp.tensordot(error, weights['top'], 1).reshape(
+      -1, *(1,) * len(positions), channels)
+  if len(weights) == 1:
+    return jnp.broadcast_to(top, (len(top), *features))
+  for stage in range(len(weights) - 1):
+    top = _doubled(top, weights[f'stage_{stage}'])
+    left = len(weights) - 2 - stage
+    top = top[:, *(slice(-(-size // 2**left)) for size in positions)]
+  return top
+
+
+def _doubled(x, kernel):
+  """A transposed convolution of width and stride 2, in all spatial axes.
+
+  Args:
+    x: [batch, *positions, channels].
+    kernel: [channels, 2, ..., 2, channels].
+  """
+  sizes = x.shape[1:-1]
+  n = len(sizes)
+  y = jnp.tensordot(x, kernel, 1)  # [batch, *positions, 2, ..., 2, channels].
+  pairs = [axis for i in range(1, n + 1) for axis in (i, i + n)]
+  return y.transpose(0, *pairs, 2 * n + 1).reshape(
+      -1, *(2 * size for size in sizes), y.shape[-1])
+
+
+def structured(
+    key: base.Key, info: base.UnitInfo, shape: tuple[int, ...], structure: str,
+    rank: int, std: float, dtype: Any) -> base.Tree:
+  """Draws B of a unit as 'dense', 'pyramid', 'channel' or 'low_rank'.
+
+  Every entry of the matrix that it stands for has mean 0 and standard deviation
+  `std`. A unit whose input has no positions gets 'dense' in place of 'pyramid'
+  and 'channel'.
+
+  Args:
+    key: of the unit.
+    info: the unit.
+    shape: of the matrix, from `feedback_shape`.
+    structure: the name.
+    rank: of 'low_rank'.
+    std: of the entries of B.
+    dtype: of the feedback.
+
+  Returns:
+    [n_out, *input]; `{'left': [n_out, rank], 'right': [rank, *input]}`;
+    `{'top': [n_out, channels]}`, with a `'stage_i'` [channels, 2, ..., 2,
+    channels] for each doubling of a pyramid.
+
+  Raises:
+    ValueError: for a rank above the entries of the error.
+  """
+  n_out, *features = shape
+  if structure == 'low_rank':
+    if rank > n_out:
+      raise ValueError(
+          f'`rank` must be at most the {n_out} entries of the error, got {rank}; '
+          "'dense' has full rank.")
+    left, right = jax.random.split(key)
+    return {
+        'left': std * feedback_lib.normal(left, (n_out, rank), dtype),
+        'right': feedback_lib.normal(
+            right, (rank, *features), dtype) / math.sqrt(rank)}
+  if structure == 'dense' or not _has_positions(info):
+    return std * feedback_lib.normal(key, (n_out, *features), dtype)
+  *positions, channels = features
+  stages = 0
+  if structure == 'pyramid':
+    stages = math.ceil(math.log2(max(positions)))
+  top, *keys = jax.random.split(key, 1 + stages)
+  kernel = (channels, *(2,) * len(positions), channels)
+  return {'top': std * feedback_lib.normal(top, (n_out, channels), dtype)} | {
+      f'stage_{i}': feedback_lib.normal(k, kernel, dtype) / math.sqrt(channels)
+      for i, k in enumerate(keys)}
+
+
+def _has_positions(info):
+  """Whether one projection goes to all positions of a map of channels."""
+  _, features, mode = layout(
+      info.net_output.shape,
+      _first_shape(info.inputs[read_input(info)], _place(info)),
+      info.feature_axes if info.positionwise else 0)
+  spatial = info.kind == base.BOUNDARY or 'conv' in info.operation
+  return mode == 'whole' and spatial and len(features) > 1
 
 
 def distinct(
@@ -158,13 +251,13 @@ def distinct(
   return jnp.stack(drawn)
 
 
-def whole(weights: base.Tree, n_out: int) -> base.Array:
-  """B with its zeros, [n_out, ...]."""
+def whole(shape: tuple[int, ...], weights: base.Tree) -> base.Array:
+  """The matrix B in any structure, of its `feedback_shape`."""
+  n_out, *features = shape
   if not isinstance(weights, Mapping):
     return weights
-  entries, values = weights['entries'], weights['values']
-  one_hot = jax.nn.one_hot(entries, n_out, axis=1, dtype=values.dtype)
-  return jnp.sum(one_hot * values[:, None], axis=0)
+  values = next(w for n, w in weights.items() if n != 'entries')
+  return _times(jnp.eye(n_out, dtype=values.dtype), weights, features)
 
 
 def read_input(info: base.UnitInfo) -> int | None:

@@ -21,7 +21,8 @@ import jax.numpy as jnp
 def direct_feedback_alignment(
     shared: bool = False, scale: float = 1., normalise: bool | str = True,
     placement: str = 'layers', connections: int = 0, error: str = 'output',
-    entries: str = 'normal', stored: bool = True) -> credit.Rule:
+    entries: str = 'normal', stored: bool = True, structure: str = 'dense',
+    rank: int = 0) -> credit.Rule:
   r"""Direct feedback alignment: each layer is taught a projection of the error.
 
   .. math::
@@ -82,15 +83,25 @@ def direct_feedback_alignment(
     entries: 'normal', or 'uniform' in [-1, 1), each times the deviation above.
     stored: False keeps only keys, from which the same B are drawn again where
       they are used: no memory for them, and the time to draw them at each step.
+    structure: of B, whose entries have the same standard deviation under all.
+      'dense'. 'channel': constant over the positions of a channel. 'pyramid': a
+      matrix from the error to one position of all channels, then transposed
+      convolutions of width and stride 2 up to the map's size, without anything
+      nonlinear between. 'low_rank': the product of two random matrices. The
+      last axis of a map counts as its channels; where an input has no positions
+      (that of a dense layer), 'channel' and 'pyramid' are 'dense' there.
+    rank: of 'low_rank', at most the entries of the error; 0 for the others.
 
   Returns:
     A rule; `feedback[unit]` is an array, or with `shared` there is one array
     for all; with `connections` `{'entries': ..., 'values': ...}`, both of shape
-    `[connections, *its input]`. Fixed: keep it from the optimiser with
-    `rule.trainable`.
+    `[connections, *its input]`. 'low_rank': `{'left': [n_out, rank], 'right':
+    [rank, *its input]}`. 'channel': `{'top': [n_out, channels]}`, and 'pyramid'
+    with a `'stage_i'` `[channels, 2, ..., 2, channels]` for each doubling. Fixed:
+    keep it from the optimiser with `rule.trainable`.
 
   Raises:
-    ValueError: for a value out of range; for a unit that is called twice, a
+    ValueError: for a value out of range, or options that exclude each other; for a unit that is called twice, a
       network without boundaries under `placement='boundaries'`, and more
       connections than the error has entries.
 
@@ -111,6 +122,17 @@ def direct_feedback_alignment(
     raise ValueError(
         '`stored` must be True with `shared=True`, which keeps one matrix for '
         'all layers; draw one for each layer, `shared=False`.')
+
+  arguments.choice('structure', structure, projection.STRUCTURES)
+  arguments.whole('rank', rank, least=0)
+  if structure != 'dense' and (shared or connections or entries != 'normal'):
+    raise ValueError(
+        f'`structure` {structure!r} does not go with `shared`, `connections` or '
+        "`entries`; leave them out, or use 'dense'.")
+  if (rank > 0) != (structure == 'low_rank'):
+    raise ValueError(
+        "`rank` must be a whole number of at least 1 with `structure='low_rank'`, "
+        f'and 0 otherwise, got {rank} with {structure!r}.')
 
   def projects(info):
     """Whether the unit hands down a projection of the error."""
@@ -152,7 +174,11 @@ def direct_feedback_alignment(
       return None
     n_out, *shape = shape_of(info)
     std = scale / math.sqrt(connections or n_out)
-    return draw(key, n_out, shape, projection.dtype(params, info), std)
+    dtype = projection.dtype(params, info)
+    if structure != 'dense':
+      return projection.structured(
+          key, info, shape_of(info), structure, rank, std, dtype)
+    return draw(key, n_out, shape, dtype, std)
 
   def init_shared(key, units):
     shapes = [shape_of(i) for i in units.values() if projects(i)]
@@ -218,14 +244,16 @@ def direct_feedback_alignment(
 
   def weight_target(units, params, feedback):
     """F_{l-1} F_l^T for each kernel of a chain of dense layers; F_L = 1."""
+    # Other layers, stacks of layers under `nn.scan` among them, are no chain.
+    if any(p is None or jnp.ndim(p.get('kernel', 0)) != 2
+           for p in params.values()):
+      return {}
     flat = {}
     for name in filter(lambda name: projects(units[name]), feedback):
-      shape = shape_of(units[name])
-      whole = projection.whole(weights(units[name], feedback[name]), shape[0])
-      if whole.shape != shape:  # A stack of layers under `nn.scan`.
-        return {}
-      flat[name] = whole.reshape(shape[0], -1)
-    if len({len(f) for f in flat.values()}) != 1 or None in params.values():
+      whole = projection.whole(
+          shape_of(units[name]), weights(units[name], feedback[name]))
+      flat[name] = whole.reshape(len(whole), -1)
+    if len({len(f) for f in flat.values()}) != 1:
       return {}
     above = [*list(flat.values())[1:], jnp.eye(len(next(iter(flat.values()))))]
     targets = {n: {'kernel': f.T @ up} for (n, f), up in zip(flat.items(), above)}

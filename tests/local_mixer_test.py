@@ -341,7 +341,7 @@ class ErrorsTest(parameterized.TestCase):
       ({'groups': 3}, '`groups` must divide the channels, 8, .*got 3'),
       ({'groups': 4, 'hidden': 6}, '`groups` must divide the hidden, 6'),
       ({'mixer': 'token'}, "`mixer` must be 'dense' or 'conv'"),
-      ({'dtype': 'floa'}, "`dtype` must be None, .*got 'floa'"),
+      ({'dtype': 'floa'}, "`dtype` must name a dtype, got 'floa'"),
       ({'init': 'he'}, "`init` must be 'kaiming', 'lecun' or 'constant'"),
       ({'blocks': 0}, '`blocks` must be a whole number'),
       ({'patches': 1.5}, '`patches` must be a whole number'))

@@ -84,9 +84,10 @@ def direct_feedback_alignment(
     keep it from the optimiser with `rule.trainable`.
 
   Raises:
-    ValueError: for a value out of range, or options that exclude each other; for a unit that is called twice, a
-      network without boundaries under `placement='boundaries'`, and more
-      connections than the error has entries.
+    ValueError: for a value out of range, or options that exclude each other; for
+      a unit that is called twice, a network without boundaries under
+      `placement='boundaries'`, and more connections, or a higher rank, than the
+      error has entries.
 
   Example:
     >>> import bpjax
@@ -101,7 +102,6 @@ def direct_feedback_alignment(
     raise ValueError(
         '`connections` must be a whole number, or 0 for all entries, got '
         f'{connections}.')
-
   blocks.check_choice('structure', structure, projection.STRUCTURES)
   if structure != 'dense' and (shared or connections):
     raise ValueError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 import functools
+import io
 import json
 import math
 import pathlib
@@ -23,8 +24,10 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
+from PIL import Image
 
 matplotlib.use('Agg')
+import matplotlib.pyplot as plt  # pylint: disable=g-import-not-at-top
 
 Record = dict[str, Any]
 
@@ -48,7 +51,7 @@ class Claim(NamedTuple):
   @property
   def holds(self) -> bool:
     """Whether the number is a number within its bounds."""
-    return self.low <= self.value <= self.high
+    return bool(self.low <= self.value <= self.high)
 
   @property
   def bound(self) -> str:
@@ -89,7 +92,8 @@ def main(
     draw(record, picture)
     rows = [{
         'claim': c.row, 'text': c.text, 'bound': c.bound,
-        'value': None if math.isnan(c.value) else c.value, 'holds': c.holds
+        'value': float(c.value) if math.isfinite(c.value) else None,
+        'holds': c.holds
     } for c in claims]
     wrong = [f'{c.row}. {c.text}: {c.value:.4g}, not {c.bound}'
              for c in claims if not c.holds]
@@ -106,14 +110,16 @@ def _read(path):
     raise measurement.FlagError(
         f'`read` must be a file that --output wrote, got {path!r}: {error}'
     ) from error
-  return {k: v for k, v in record.items()
-          if k not in ('claims', 'command', 'versions')}
+  record.pop('claims', None)
+  return record  # With the command and the versions that measured it.
 
 
-def spread(values: Sequence[float]) -> tuple[float, float]:
-  """Mean and standard error."""
-  values = np.asarray(values, float)
-  return float(values.mean()), float(values.std(ddof=1) / len(values)**.5)
+def save(figure, path: str) -> None:
+  """Writes a figure as a PNG of 64 colours: small enough for a page."""
+  drawn = io.BytesIO()
+  figure.savefig(drawn, dpi=70)
+  plt.close(figure)
+  Image.open(drawn).convert('RGB').quantize(64).save(path, 'PNG', optimize=True)
 
 
 def log_spaced(last: int, count: int = 25) -> list[int]:
@@ -162,11 +168,10 @@ def mlp(
   init = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
   dense = functools.partial(nn.Dense, use_bias=False, kernel_init=init)
   parts = [lambda x: x.reshape(len(x), -1)]
-  for i in range(layers - 1):
-    parts += [dense(width, name=f'layer_{i + 1}'), act]
-  net = bpjax.from_linen(
-      nn.Sequential([*parts, dense(outputs, name=f'layer_{layers}')]))
-  return net, [f'layer_{i + 1}' for i in range(layers)]
+  for _ in range(layers - 1):
+    parts += [dense(width), act]
+  names = [f'layers_{2 * i + 1}' for i in range(layers)]
+  return bpjax.from_linen(nn.Sequential([*parts, dense(outputs)])), names
 
 
 def uniform_feedback(key: Any, feedback: Mapping[str, Any]) -> dict[str, Any]:
@@ -251,12 +256,22 @@ class Trainer:
 
   def measure(self, function: Callable[..., Any], *args: Any) -> Any:
     """`function(params of one network, *args)` for all networks, as numpy."""
+    return self._measure(function, None, None, *args)
+
+  def measure_each(
+      self, function: Callable[..., Any], of_each: Any, *args: Any) -> Any:
+    """The same with a last argument that each network has its own of."""
+    return self._measure(function, 0, of_each, *args)
+
+  def _measure(self, function, axis, of_each, *args):
     if function not in self._measures:
+      call = lambda params, of_each, *args: function(
+          params, *args, *([] if axis is None else [of_each]))
       self._measures[function] = jax.jit(jax.vmap(
-          function, (0, *(None for _ in args))))
+          call, (0, axis, *(None for _ in args))))
     return jax.tree.map(
         lambda a: np.asarray(a, float),
-        self._measures[function](self.params, *args))
+        self._measures[function](self.params, of_each, *args))
 
 
 def gradient_alignment(
@@ -265,7 +280,7 @@ def gradient_alignment(
   """Of the hidden layers of a chain, on one batch; pure."""
   variables = {'params': params}
   signals = [
-      r.signals(net, loss, variables, f, x, y)[1]
+      r.signals(net, loss, variables, f, x, y, None)[1]
       for r, f in ((rule, feedback), (bpjax.rules.backprop(), {}))]
   taught, exact = (
       [jax.tree.leaves(bpjax.paths.subtree(s, name))[0].reshape(len(x), -1)

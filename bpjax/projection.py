@@ -167,12 +167,12 @@ def _doubled(x, kernel):
     x: [batch, *positions, channels].
     kernel: [channels, 2, ..., 2, channels].
   """
-  sizes = x.shape[1:-1]
-  n = len(sizes)
+  n = x.ndim - 2
   y = jnp.tensordot(x, kernel, 1)  # [batch, *positions, 2, ..., 2, channels].
-  pairs = [axis for i in range(1, n + 1) for axis in (i, i + n)]
-  return y.transpose(0, *pairs, 2 * n + 1).reshape(
-      -1, *(2 * size for size in sizes), y.shape[-1])
+  for axis in range(1, n + 1):  # One merge at a time, for explicit sharding.
+    y = jnp.moveaxis(y, n + 1, axis + 1)
+    y = y.reshape(*y.shape[:axis], 2 * y.shape[axis], *y.shape[axis + 2:])
+  return y
 
 
 def structured(

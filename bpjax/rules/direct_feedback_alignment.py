@@ -124,12 +124,12 @@ def direct_feedback_alignment(
         'all layers; draw one for each layer, `shared=False`.')
 
   arguments.choice('structure', structure, projection.STRUCTURES)
-  arguments.whole('rank', rank, least=0)
   if structure != 'dense' and (shared or connections or entries != 'normal'):
     raise ValueError(
         f'`structure` {structure!r} does not go with `shared`, `connections` or '
         "`entries`; leave them out, or use 'dense'.")
-  if (rank > 0) != (structure == 'low_rank'):
+  is_count = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 0
+  if not is_count or bool(rank) != (structure == 'low_rank'):
     raise ValueError(
         "`rank` must be a whole number of at least 1 with `structure='low_rank'`, "
         f'and 0 otherwise, got {rank} with {structure!r}.')

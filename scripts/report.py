@@ -23,6 +23,7 @@ import math
 import pathlib
 import re
 import shlex
+import statistics
 import sys
 from typing import Any
 
@@ -404,7 +405,22 @@ def claims(file: str) -> str:
       for c in read(file)['claims']])
 
 
+def averages(file: str, *columns: str) -> str:
+  """Rows of averaged networks: mean ± standard error over repetitions."""
+  def cell(seeds, column):
+    values = [s[column] for s in seeds if s.get(column) is not None]
+    if len(values) < 2:
+      return '-'
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    return f'{statistics.mean(values):.2f} ± {error:.2f}'
+
+  return _table(['row', *(c.replace('_', ' ') for c in columns)], [
+      [r['row'], *(cell(r['seeds'], c) for c in columns)]
+      for r in read(file)['rows']])
+
+
 FUNCTIONS: dict[str, Callable[..., str]] = {
+    'averages': averages,
     'checks': checks,
     'claims': claims,
     'compile_times': compile_times,

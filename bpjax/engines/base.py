@@ -60,6 +60,13 @@ class Base(feedback_lib.NoFeedback):
     """Raises a ValueError for a network that the rule cannot train."""
     checks.check_any_unit(survey, self.name)
 
+  def check_feedback(
+      self, net: base.Network, variables: Mapping[str, Any], x: Any,
+      feedback: base.Tree) -> None:
+    """Raises a ValueError for feedback that `init` does not return."""
+    del net, variables, x
+    arguments.no_feedback(self.name, feedback)
+
   def init(
       self, key: base.Key, net: base.Network, variables: Mapping[str, Any],
       x: Any) -> dict[str, Any]:
@@ -107,7 +114,7 @@ class Base(feedback_lib.NoFeedback):
 
     def learn(variables, feedback, x, y, key=None):
       arguments.step(variables, x, key)
-      arguments.no_feedback(self.name, feedback)
+      self.check_feedback(net, variables, x, feedback)
       self.check(self.seen_by(net, variables, x).survey(variables, x))
       value, aux, grads, count = self.differentiate(
           net, loss, variables, feedback, x, y, key)

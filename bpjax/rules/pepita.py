@@ -28,9 +28,9 @@ def pepita(scale: float = .05) -> engine.Base:
     \Delta W_L = (h_{L-1}^{err})^T e, \qquad x^{err} = x + e F^T
 
   :math:`h` is what units put out on the input itself, :math:`h^{err}` on the
-  input that the output's error e was added to through a fixed random F, and
-  there is no backward pass. A unit's output includes its nonlinearity, found in
-  the trace.
+  input that the error e of the readout's pre-activation was added to through a
+  fixed random F, and there is no backward pass. A unit's output includes its
+  nonlinearity, found in the trace.
 
   What fails: deep networks (the authors train up to three hidden layers); an F
   so large that the second pass has little to do with the first.
@@ -43,8 +43,7 @@ def pepita(scale: float = .05) -> engine.Base:
 
   Raises:
     ValueError: if `scale` is not positive; for a model whose input is not one
-      array of floats, whose output is not one, or that has parameters outside of
-      its units.
+      array of floats, or that has parameters outside of its units.
 
   Example:
     >>> import bpjax
@@ -72,31 +71,35 @@ class _Pepita(engine.Base):
           f'rule `{self.name}` trains the affine operations of units alone, and '
           f'parameter `{leaf}` of this network is part of none; use a model '
           'without it, or another rule.')
-    outputs = jax.tree.leaves(survey.output)
-    if len(outputs) != 1 or not jnp.issubdtype(outputs[0].dtype, jnp.inexact):
-      raise ValueError(
-          f'rule `{self.name}` adds the error of one output to the input, and '
-          f'this model returns {len(outputs)} arrays; return one of floats.')
 
   def init(self, key, net, variables, x):
     super().init(key, net, variables, x)
+    return {_PROJECTION: self._projection(key, net, variables, x)}
+
+  def _projection(self, key, net, variables, x):
+    """F, `[n_out, *features of the input]`."""
     if not (hasattr(x, 'dtype') and jnp.issubdtype(x.dtype, jnp.inexact)):
       raise ValueError(
           f'rule `{self.name}` adds the error to the input, and needs one array '
           'of floats there; embed whole numbers before the model.')
-    output, = jax.tree.leaves(net.survey(variables, x).output)
-    shape = math.prod(output.shape[1:]), *x.shape[1:]
+    infos = self.seen_by(net, variables, x).survey(variables, x).units.infos
+    n_out = sum(math.prod(info.pre.shape[1:]) for info in infos.values()
+                if info.is_output)
     std = self._scale * math.sqrt(2 / math.prod(x.shape[1:]))
-    return {_PROJECTION: std * feedback_lib.normal(key, shape, x.dtype)}
+    return std * feedback_lib.normal(key, (n_out, *x.shape[1:]), x.dtype)
+
+  def check_feedback(self, net, variables, x, feedback):
+    wanted = jax.eval_shape(
+        lambda: self._projection(jax.random.key(0), net, variables, x))
+    given = feedback.get(_PROJECTION) if isinstance(feedback, dict) else None
+    if getattr(given, 'shape', None) != wanted.shape or len(feedback) > 1:
+      raise ValueError(
+          f'`feedback` of rule `{self.name}` must be what `rule.init` returned '
+          f'for this network, one array of shape {wanted.shape}.')
 
   def differentiate(self, net, loss, variables, feedback, x, y, key):
     net = self.seen_by(net, variables, x)
     infos = net.survey(variables, x).units.infos
-    projection = feedback.get(_PROJECTION)
-    if getattr(projection, 'shape', (0,))[1:] != x.shape[1:]:
-      raise ValueError(
-          f'`feedback` of rule `{self.name}` must be what `rule.init` returned '
-          f'for this network, got {list(feedback)}.')
     readouts = {n: info for n, info in infos.items() if info.is_output}
     taps = paths.nest({
         f'{name}/tap_0': jnp.zeros(info.pre.shape, info.pre.dtype)
@@ -123,10 +126,10 @@ class _Pepita(engine.Base):
     reduction.check_losses(losses, output)
     errors, = pull(jnp.ones_like(losses))
     outs = state.pop(base.PROBES)
-    error, = jax.tree.leaves(jax.grad(
-        lambda out: jnp.sum(loss(out, y)))(output))
+    error = jnp.concatenate(
+        [e.reshape(len(x), -1) for e in jax.tree.leaves(errors)], axis=1)
     changed = x + jnp.tensordot(
-        error.reshape(len(x), -1), projection, 1).astype(x.dtype)
+        error, feedback[_PROJECTION], 1).astype(x.dtype)
 
     def agreement(params):
       """What has the updates for its gradient: a product at every unit."""

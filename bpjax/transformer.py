@@ -9,6 +9,7 @@ from collections.abc import Callable
 import math
 from typing import Any
 
+from bpjax import arguments
 from bpjax import blocks
 import flax.linen as nn
 import jax
@@ -47,7 +48,7 @@ def points(placement: str, hidden: bool = False) -> tuple[str, ...]:
     >>> points('macro')
     ('block_*',)
   """
-  blocks.check_choice('placement', placement, tuple(_POINTS))
+  arguments.choice('placement', placement, tuple(_POINTS))
   return _POINTS[placement] + (('hidden',) if hidden else ())
 
 
@@ -298,5 +299,5 @@ def check(
                      ('hidden', 4 * width if hidden is None else hidden)):
     blocks.check_sizes(name, size)
   blocks.check_divides('heads', heads, 'width', width)
-  blocks.check_choice('norm', norm, NORMS)
+  arguments.choice('norm', norm, NORMS)
   blocks.check_rate('dropout', dropout)

@@ -1,6 +1,7 @@
 """A BERT-style encoder with a head for classification."""
 
 from bpjax import activations
+from bpjax import arguments
 from bpjax import blocks
 from bpjax import transformer
 import flax.linen as nn
@@ -122,7 +123,7 @@ def bert_encoder(
   for name, size in (('num_classes', num_classes), ('vocabulary', vocabulary),
                      ('length', length), ('segments', segments)):
     blocks.check_sizes(name, size)
-  blocks.check_choice('pool', pool, _POOLS)
+  arguments.choice('pool', pool, _POOLS)
   return BertEncoder(
       depth, heads, 4 * width if hidden is None else hidden, norm, dropout,
       activations.get(activation), transformer.check_dtype(dtype), num_classes,

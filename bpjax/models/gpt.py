@@ -1,6 +1,7 @@
 """A decoder for language modelling."""
 
 from bpjax import activations
+from bpjax import arguments
 from bpjax import blocks
 from bpjax import transformer
 import flax.linen as nn
@@ -100,7 +101,7 @@ def gpt(
       dropout=dropout)
   blocks.check_sizes('num_classes', num_classes)
   blocks.check_sizes('length', length)
-  blocks.check_choice('positions', positions, _POSITIONS)
+  arguments.choice('positions', positions, _POSITIONS)
   return Gpt(
       depth, heads, 4 * width if hidden is None else hidden, norm, dropout,
       activations.get(activation), transformer.check_dtype(dtype), num_classes,

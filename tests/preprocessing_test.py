@@ -182,6 +182,6 @@ class LoadTest(parameterized.TestCase):
     stream = data.ImageStream([], num_classes=2, image_size=8, channels=3)
     self.patch.setattr(data, '_digits', lambda: data._Whole(
         stream, stream, 2, 'a stream'))
-    self.patch.setattr(data, '_hold_out', lambda *a: (None, None))
+    self.patch.setattr(data.splits, 'hold_out', lambda *a: (None, None))
     with pytest.raises(ValueError, match='is streamed, and .* into memory'):
       data.load('digits', preprocessing='gcn_zca')

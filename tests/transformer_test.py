@@ -91,8 +91,8 @@ class SizeTest(parameterized.TestCase):
       ('vit', {'dtype': 'int8'}, "`dtype` must be a type of floating"),
       ('gpt', {'positions': 'rotary'}, "`positions` must be 'learned'"),
       ('bert_encoder', {'pool': 'max'}, "`pool` must be 'cls' or 'mean'"),
-      ('bert_encoder', {'vocabulary': 0}, '`vocabulary` must be made of'),
-      ('vit', {'depth': 0}, '`depth` must be made of'))
+      ('bert_encoder', {'vocabulary': 0}, '`vocabulary` must be a whole number'),
+      ('vit', {'depth': 0}, '`depth` must be a whole number'))
   def test_refused_arguments(self, name, arguments, sentence):
     with self.assertRaisesRegex(ValueError, sentence):
       bpjax.models.get(name)(num_classes=3, **{**_TINY, **arguments})
@@ -317,10 +317,11 @@ class IdentityTest(float64.Float64TestCase):
 
 # They write into the input, or add to it, and tokens are whole numbers.
 _REFUSED = ('forward_forward', 'pepita')
-# Rules with local losses, and placements, beside all other rules by name.
+# Rules with local losses, and placements, beside all other rules by name; but for
+# one that moves all weights, those of words that nobody used among them.
 _KINDS = {
     **{name: (RULES.get(name), ()) for name in RULES.names()
-       if name not in _REFUSED},
+       if name not in (*_REFUSED, 'spsa')},
     'frsf': (lambda: RULES.sign_symmetry('frSF'), ()),
     'brsf': (lambda: RULES.sign_symmetry('brSF'), ()),
     'macro': (lambda: RULES.direct_feedback_alignment(

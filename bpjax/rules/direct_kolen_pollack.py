@@ -51,7 +51,8 @@ def direct_kolen_pollack(scale: float = 1.) -> credit.Rule:
     # The message is linear in B, and pulled along h its derivative is e h^T:
     # summed over positions wherever one B serves them all.
     _, pull = jax.vjp(
-        lambda b: projection.project(unit.info, signal.error, b, h), feedback)
+        lambda b: projection.project(
+            unit.info, signal.error, b, h, signal.mask), feedback)
     return aligned._replace(feedback=pull(h)[0])
 
   return credit.Rule(

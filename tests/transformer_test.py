@@ -410,7 +410,8 @@ class MaskTest(parameterized.TestCase):
             variables, feedback, tokens(length)[0], y, key=jax.random.key(3))
         for length in (6, 9)]
     (_, one), (_, other) = results
-    close = functools.partial(np.testing.assert_allclose, atol=2e-6, rtol=1e-4)
+    # Sums over more positions round otherwise, twenty times where states settle.
+    close = functools.partial(np.testing.assert_allclose, atol=2e-5, rtol=1e-3)
     jax.tree.map(close, one, other)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 import functools
 from typing import Any
 
@@ -139,9 +140,10 @@ def _check_tree(config, tree):
         'not learn, since nothing would learn in every other epoch, got '
         "'epochs'.")
   # Heads and rules of local losses are reduced by the name of their block.
+  kept = tree['feedback'] if isinstance(tree['feedback'], Mapping) else {}
   inner = {'feedback': {
       k: v for part in ('heads', 'rule')
-      for k, v in (tree['feedback'].get(part) or {}).items()}}
+      for k, v in (kept.get(part) or {}).items()}}
   patterns = tuple(pattern for pattern, _ in config.reduction_by_path)
   _check_patterns('reduction_by_path', patterns, (tree, inner))
   if config.frozen and all(jax.tree.leaves(frozen(tuple(config.frozen), tree))):

@@ -60,11 +60,13 @@ _TARGETS = (
     'difference_target_propagation', 'equilibrium_propagation',
     'local_representation_alignment',
     'recursive_local_representation_alignment', 'target_propagation')
+# Rules that refuse norms or whole numbers, and one that would not learn there.
+_WHOLE = ('forward_forward', 'pepita', 'predictive_coding', 'spsa')
 # Beside them: 128 noise images a layer, and a forward derivative of all, are
 # minutes a round.
-_NOT_W3 = (*_TARGETS, 'weight_mirror', 'forward_gradient')
+_NOT_W3 = (*_TARGETS, *_WHOLE, 'weight_mirror', 'forward_gradient')
 _DRAWS = ('difference_target_propagation', 'equilibrium_propagation',
-          'forward_gradient', 'target_propagation')
+          'forward_forward', 'forward_gradient', 'spsa', 'target_propagation')
 _BIOTORCH = ('fa', 'dfa', 'usf')
 _RULES = {
     'backprop': {},
@@ -84,6 +86,11 @@ _RULES = {
     'difference_target_propagation': {},
     'difference_target_propagation without noise': {'sigma': 0.},
     'equilibrium_propagation': {},
+    'predictive_coding': {},
+    'direct_kolen_pollack': {},
+    'pepita': {},
+    'forward_forward': {},
+    'spsa': {},
 }
 _W4 = {
     'direct_feedback_alignment macro': (

@@ -129,7 +129,8 @@ class Harness:
 
   def _limit(self, number, rng, path):
     cut = self._begin(rng, path)
-    fault = commands.Fault(limit=int(2**rng.uniform(3, 16)))
+    # Large enough for the sentence itself, where the log is a file.
+    fault = commands.Fault(limit=int(2**rng.uniform(11, 16)))
     result = commands.run(path, fault)
     why = '' if result.code in (0, 2, 4) else f'code {result.code}'
     return self._judge(

@@ -21,6 +21,15 @@ def check_any_unit(survey: Any, rule: str) -> None:
         'by it; give the network a weight, or use `jax.grad`.')
 
 
+def check_affine_alone(survey: Any, rule: str) -> None:
+  """Raises for a parameter that is no part of a unit's affine operation."""
+  for leaf in (*survey.units.exact, *survey.untrained):
+    raise ValueError(
+        f'rule `{rule}` trains the affine operations of units alone, and '
+        f'parameter `{leaf}` of this network is part of none; use a model '
+        'without it, or another rule.')
+
+
 def check_loops(survey: Any, rule: str) -> None:
   """Raises for a loop that has no reverse derivative."""
   if survey.loops:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 
+from bpjax import arguments
 from bpjax import base
 from bpjax.engines import base as engine
+from bpjax.engines import checks
 from bpjax.engines import reduction
 import jax
 import jax.numpy as jnp
@@ -54,8 +56,7 @@ def forward_forward(
     >>> rule = bpjax.rules.forward_forward(threshold=1.)
   """
   for name, value in (('threshold', threshold), ('label_scale', label_scale)):
-    if not 0 < value < math.inf:
-      raise ValueError(f'`{name}` must be positive, got {value}.')
+    arguments.number(name, value, above=0)
   return _ForwardForward(threshold, label_scale)
 
 
@@ -71,11 +72,7 @@ class _ForwardForward(engine.Base):
 
   def check(self, survey):
     super().check(survey)
-    for leaf in (*survey.units.exact, *survey.untrained):
-      raise ValueError(
-          f'rule `{self.name}` trains the affine operations of units alone, and '
-          f'parameter `{leaf}` of this network is part of none; use a model '
-          'without it, or another rule.')
+    checks.check_affine_alone(survey, self.name)
 
   def init(self, key, net, variables, x):
     survey = self.seen_by(net, variables, x).survey(variables, x)

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import math
 
+from bpjax import arguments
 from bpjax import base
 from bpjax import feedback as feedback_lib
 from bpjax import paths
 from bpjax.engines import base as engine
+from bpjax.engines import checks
 from bpjax.engines import reduction
 import jax
 import jax.numpy as jnp
@@ -49,8 +51,7 @@ def pepita(scale: float = .05) -> engine.Base:
     >>> import bpjax
     >>> rule = bpjax.rules.pepita(scale=.1)
   """
-  if not 0 < scale < math.inf:
-    raise ValueError(f'`scale` must be positive, got {scale}.')
+  arguments.number('scale', scale, above=0)
   return _Pepita(scale)
 
 
@@ -66,11 +67,7 @@ class _Pepita(engine.Base):
 
   def check(self, survey):
     super().check(survey)
-    for leaf in (*survey.units.exact, *survey.untrained):
-      raise ValueError(
-          f'rule `{self.name}` trains the affine operations of units alone, and '
-          f'parameter `{leaf}` of this network is part of none; use a model '
-          'without it, or another rule.')
+    checks.check_affine_alone(survey, self.name)
 
   def init(self, key, net, variables, x):
     super().init(key, net, variables, x)

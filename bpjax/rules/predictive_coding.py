@@ -7,8 +7,7 @@ computation graphs, Millidge, Tschantz and Buckley, 2020
 (https://arxiv.org/abs/2006.04182).
 """
 
-import math
-
+from bpjax import arguments
 from bpjax import base
 from bpjax.engines import settling
 import jax.numpy as jnp
@@ -47,11 +46,8 @@ def predictive_coding(steps: int = 20, step_size: float = .1) -> settling.Rule:
     >>> import bpjax
     >>> rule = bpjax.rules.predictive_coding(steps=10)
   """
-  if isinstance(steps, bool) or steps != int(steps) or steps < 1:
-    raise ValueError(
-        f'`steps` must be a whole number of at least 1, got {steps}.')
-  if not 0 < step_size < math.inf:
-    raise ValueError(f'`step_size` must be positive, got {step_size}.')
+  arguments.whole('steps', steps)
+  arguments.number('step_size', step_size, above=0)
   return settling.Rule(
       'predictive_coding', _energy, lambda unit: unit.out,
       lambda info, state: state, free_steps=0, nudged_steps=int(steps),

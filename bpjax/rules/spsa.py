@@ -6,8 +6,7 @@ language models with just forward passes, Malladi, Gao, Nichani, Damian, Lee,
 Chen and Arora, NeurIPS 2023 (https://arxiv.org/abs/2305.17333).
 """
 
-import math
-
+from bpjax import arguments
 from bpjax import base
 from bpjax.engines import base as engine
 import jax
@@ -45,11 +44,8 @@ def spsa(epsilon: float = 1e-3, samples: int = 1) -> engine.Base:
     >>> import bpjax
     >>> rule = bpjax.rules.spsa(samples=4)
   """
-  if not 0 < epsilon < math.inf:
-    raise ValueError(f'`epsilon` must be positive, got {epsilon}.')
-  if isinstance(samples, bool) or samples != int(samples) or samples < 1:
-    raise ValueError(
-        f'`samples` must be a whole number of at least 1, got {samples}.')
+  arguments.number('epsilon', epsilon, above=0)
+  arguments.whole('samples', samples)
   return _Spsa(epsilon, int(samples))
 
 

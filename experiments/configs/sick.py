@@ -10,24 +10,13 @@ evaluation of compositional distributional semantic models, Marelli et al., LREC
 of the training pairs; the most frequent label makes up 56.4% of the test pairs.
 """
 
-from experiments import config as config_lib
+from experiments.configs import sst2
 
 
 def get_config():
-  config = config_lib.default()
+  config = sst2.get_config()
   config.dataset = 'sick'
   config.validation = 1000
   config.length = 48
-  config.model = 'bert_encoder'
-  config.model_args.depth = 2
-  config.model_args.width = 64
-  config.model_args.heads = 4
-  config.model_args.hidden = 128
-  config.model_args.dropout = .1
   config.epochs = 8
-  config.batch_size = 64
-  config.optimizer = 'adamw'
-  config.learning_rate = 1e-3
-  config.schedule = 'cosine'
-  config.weight_decay = .01
   return config

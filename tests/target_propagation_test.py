@@ -262,7 +262,7 @@ class LayersTest(parameterized.TestCase):
     for arguments, message in (
         ({'step': -1.}, '`step` must'), ({'sigma': -1.}, '`sigma` must'),
         ({'top': 'middle'}, '`top` must'), ({'readout': 'relu'}, '`readout`'),
-        ({'scale': 0.}, '`scale` must'), ({'inverse': 'tan'}, '`activation`')):
+        ({'scale': 0.}, '`scale` must'), ({'inverse': 'tan'}, '`inverse`')):
       with self.assertRaisesRegex(ValueError, message):
         rule(**arguments)
 

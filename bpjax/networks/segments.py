@@ -17,8 +17,8 @@ import jax.numpy as jnp
 
 # How far a segment goes: to the mark of its module, or to the last value that
 # has the shape of the pre-activation, or its rank, or to the last of all; or to the
-# last of all where none has that shape and more than shapes changes, as in attention
-# on queries, keys and values in one.
+# last of its positions where none has that shape and more than shapes changes, as in
+# attention on queries, keys and values in one.
 MARK, SHAPE, RANK, LAST = 'mark', 'shape', 'rank', 'last'
 SHAPE_OR_LAST = 'shape_or_last'
 # They pick positions out, as a readout of the first token does: what lies behind
@@ -159,7 +159,8 @@ def _extend(plan, unit, policy, homes):
   if policy in (SHAPE, SHAPE_OR_LAST):
     same = [v for v in cuts if v.aval.shape == pre.aval.shape]
     mixes = not {*made_by.values()} <= flow_lib.TRANSPARENT
-    cuts = same or (cuts if mixes and policy == SHAPE_OR_LAST else [])
+    placed = [v for v in cuts if v.aval.shape[:-1] == pre.aval.shape[:-1]]
+    cuts = same or (placed if mixes and policy == SHAPE_OR_LAST else [])
   elif policy == RANK:
     cuts = [v for v in cuts if v.aval.ndim == pre.aval.ndim
             and v.aval.size and math.prod(v.aval.shape) <= math.prod(

@@ -188,7 +188,7 @@ class Harness:
       results.append(result)
       if result.problem:
         outcome.outcome, outcome.why = WRONG, result.problem
-      elif result.code == 2 and not spared:
+      elif result.code in (2, 4) and not spared:
         outcome.outcome = STOPPED
       elif result.code:
         outcome.outcome = LOST
@@ -290,6 +290,9 @@ def damage(rng: random.Random, path: pathlib.Path, other: pathlib.Path):
     other_content = second.read_bytes()
     second.write_bytes(content)
     file.write_bytes(other_content)
+    # Two checkpoints are damaged, or what lies outside of them.
+    if second.parts[:len(path.parts) + 2] != file.parts[:len(path.parts) + 2]:
+      return kind, f'{kind}: {file.relative_to(path)}', False
   elif kind == 'folder in its place':
     file.unlink()
     file.mkdir()

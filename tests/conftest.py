@@ -1,5 +1,6 @@
 """Settings of all tests: eight CPU devices, and quick compilation."""
 
+import gc
 import importlib.util
 import mmap
 import os
@@ -34,6 +35,10 @@ os.environ['XLA_FLAGS'] = ' '.join([
     '--xla_backend_optimization_level=0',
     '--xla_llvm_disable_expensive_passes=true',
     *(f'--{flag}' for flag in _OPTIONAL_FLAGS if _known_to_xla(flag))])
+
+# What is traced is kept: millions of objects, which the collector would visit again
+# and again.
+gc.set_threshold(200_000, 50, 1000)
 
 # Many tests compile what another has compiled: one cache for all of a run, its
 # workers and the scripts that it starts. The process that makes it removes it.

@@ -29,10 +29,10 @@ from absl import app
 from absl import flags
 from absl import logging
 import bpjax
-from experiments import checkpoint
-from experiments import progress
-from experiments import train
-from experiments import workdir
+from bpjax.train.folder import checkpoint
+from bpjax.train.folder import workdir
+from bpjax.train.loop import progress
+from bpjax.train.loop import run as run_lib
 from experiments.configs import mnist_w1
 import jax
 import jax.numpy as jnp
@@ -68,10 +68,10 @@ def loop_epoch(config, folder):
   """Seconds of an epoch, and of its steps, with the launcher."""
   with workdir.Workdir(folder) as place, checkpoint.Checkpoints(
       place.checkpoints, 1, warn=print) as checkpoints:
-    run = train.setup(config, place)
-    state, step = train.start(run, checkpoints)
+    run = run_lib.setup(config, place)
+    state, step = run_lib.start(run, checkpoints)
     begin = time.perf_counter()
-    _, seconds = train.train(
+    _, seconds = run_lib.train(
         run, checkpoints, state, step, progress.Stopper())
     return time.perf_counter() - begin, seconds, run
 

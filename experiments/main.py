@@ -9,7 +9,7 @@ stopped by Ctrl-C. After 0, 4 and 130 the same command goes on where it was.
 """
 
 if __name__ == '__main__':
-  from experiments import signals
+  from bpjax.train.folder import signals
   signals.exit_quietly()  # While the rest is imported.
 
 import sys
@@ -17,10 +17,11 @@ import sys
 from absl import app
 from absl import flags
 from absl import logging
-from experiments import config as config_lib
-from experiments import streams
+from bpjax.train import config as config_lib
+from bpjax.train.folder import streams
+from experiments import config as flags_lib
 
-CONFIG = config_lib.define_flag()
+CONFIG = flags_lib.define_flag()
 WORKDIR = flags.DEFINE_string('workdir', None, "The run's folder.")
 flags.mark_flags_as_required(['config', 'workdir'])
 
@@ -28,7 +29,7 @@ flags.mark_flags_as_required(['config', 'workdir'])
 def parse(argv: list[str]) -> list[str] | None:
   """Parses the command line, or exits with one sentence and code 2."""
   try:
-    return config_lib.parse_flags(argv)
+    return flags_lib.parse_flags(argv)
   except ValueError as error:
     refuse(error)
 
@@ -46,7 +47,9 @@ def main(argv: list[str]) -> None:
     config_lib.check(CONFIG.value)
   except ValueError as error:
     refuse(error)
-  from experiments import launch  # Loads JAX, which a wrong value need not.
+  from bpjax.train.loop import (
+    launch,  # Loads JAX, which a wrong value need not.
+  )
   sys.exit(launch.launch(CONFIG.value, WORKDIR.value))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from absl import app
 from absl import flags
 from absl import logging
-from experiments import summary as summary_lib
+from bpjax.train.folder import summary as summary_lib
 import rich.console
 import rich.table
 

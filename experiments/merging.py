@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import bpjax
 from bpjax import feedback as feedback_lib
 from bpjax import merge
-from experiments import data as data_lib
+from bpjax.train import data as data_lib
 import jax
 import jax.numpy as jnp
 import numpy as np

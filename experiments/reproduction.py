@@ -28,12 +28,13 @@ from absl import app
 from absl import flags
 from absl import logging
 from bpjax import paths
-from experiments import config as config_lib
-from experiments import launch
+from bpjax.train import config as config_lib
+from bpjax.train.folder import streams
+from bpjax.train.folder import summary as summary_lib
+from bpjax.train.folder import workdir as workdir_lib
+from bpjax.train.loop import launch
+from experiments import config as flags_lib
 from experiments import measurement
-from experiments import streams
-from experiments import summary as summary_lib
-from experiments import workdir as workdir_lib
 import matplotlib
 import ml_collections
 import rich.console
@@ -340,7 +341,7 @@ def _runs(experiment, workdir, seeds, presets, epochs, override):
     if row.preset not in presets:
       continue
     for seed in dict.fromkeys(seeds):
-      config = config_lib.override(row.config, {**values, 'seed': seed})
+      config = flags_lib.override(row.config, {**values, 'seed': seed})
       config_lib.check(config)
       folder = os.path.join(workdir, f'{row.label},seed={config.seed}')
       _check_folder(folder, config)

@@ -12,8 +12,8 @@ import os
 import sys
 from typing import Any
 
-from experiments import launch
-from experiments import summary as summary_lib
+from bpjax.train.folder import summary as summary_lib
+from bpjax.train.loop import launch
 import ml_collections
 
 Accuracies = list[float | None]

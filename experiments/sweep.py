@@ -13,7 +13,7 @@ table of means and standard deviations over seeds, and with `sweep.json`.
 from __future__ import annotations
 
 if __name__ == '__main__':
-  from experiments import signals
+  from bpjax.train.folder import signals
   signals.exit_quietly()  # While the rest is imported, and between runs.
 
 from collections.abc import Mapping, Sequence
@@ -29,10 +29,11 @@ from typing import Any
 from absl import app
 from absl import flags
 from absl import logging
-from experiments import config as config_lib
+from bpjax.train import config as config_lib
+from bpjax.train.folder import streams
+from bpjax.train.folder import workdir as workdir_lib
+from experiments import config as flags_lib
 from experiments import main as main_lib
-from experiments import streams
-from experiments import workdir as workdir_lib
 import ml_collections
 import rich.console
 import rich.table
@@ -110,14 +111,16 @@ def sweep(
           'runs/rules.')
     workdir = os.path.expanduser(workdir)
     runs = _runs(config, grid, seeds)
-    from experiments import launch  # Loads JAX, which a wrong value need not.
-    from experiments import summary as summary_lib
-    from experiments import train
+    from bpjax.train.folder import summary as summary_lib
+    from bpjax.train.loop import (
+      launch,  # Loads JAX, which a wrong value need not.
+    )
+    from bpjax.train.loop import run as run_lib
     checked = set()  # A seed changes nothing that could be refused.
     for point, _, run_config in runs:
       if json.dumps(point) not in checked:
         checked.add(json.dumps(point))
-        train.make(run_config)
+        run_lib.make(run_config)
   except ValueError as error:
     streams.complain(f'error: {error}')
     return 2
@@ -164,7 +167,7 @@ def _runs(config, grid, seeds):
   seeds = list(dict.fromkeys(seeds)) or [str(config.seed)]
   runs = []
   for point, seed in itertools.product(parse_grid(grid), seeds):
-    run_config = config_lib.override(config, {**point, 'seed': seed})
+    run_config = flags_lib.override(config, {**point, 'seed': seed})
     config_lib.check(run_config)
     runs.append((point, run_config.seed, run_config))
   names = [folder_name(point, seed) for point, seed, _ in runs]

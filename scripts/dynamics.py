@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from absl import flags
 import bpjax
 from bpjax.theory import alignment
-from experiments import data as data_lib
+from bpjax.train import data as data_lib
 from experiments import measurement
 import flax.linen as nn
 import jax

@@ -38,7 +38,7 @@ import time
 from absl import flags
 import bpjax
 from bpjax.models.local_mixer import NormedLayer
-from experiments import data as data_lib
+from bpjax.train import data as data_lib
 from experiments import measurement
 import jax
 import jax.numpy as jnp

@@ -40,7 +40,7 @@ import itertools
 from absl import flags
 import bpjax
 from bpjax.models.local_mixer import NormedLayer
-from experiments import data as data_lib
+from bpjax.train import data as data_lib
 from experiments import measurement
 import flax.linen as nn
 import jax

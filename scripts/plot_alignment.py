@@ -19,7 +19,7 @@ import sys
 
 from absl import app
 from absl import flags
-from experiments import workdir
+from bpjax.train.folder import workdir
 import matplotlib
 import rich.console
 import rich.table

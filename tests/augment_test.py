@@ -5,7 +5,7 @@ import doctest
 
 from absl.testing import absltest
 from absl.testing import parameterized
-from experiments import augment
+from bpjax.train.data import augment
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -3,7 +3,7 @@
 from absl.testing import absltest
 from absl.testing import parameterized
 import bpjax
-from experiments import config as config_lib
+from bpjax.train import config as config_lib
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -11,10 +11,11 @@ import time
 import warnings
 
 from absl.testing import parameterized
-from experiments import data
-from experiments import decoded
-from experiments import prepared
-from experiments import streaming
+from bpjax.train import data
+from bpjax.train.data import decoded
+from bpjax.train.data import prepared
+from bpjax.train.data import sets
+from bpjax.train.data import streaming
 import jax
 import numpy as np
 from PIL import Image
@@ -23,6 +24,7 @@ from sklearn import datasets as sklearn_datasets
 import tensorflow_datasets as tfds
 import written_sets
 
+_ROOT = pathlib.Path(__file__).resolve().parents[1]
 _TRAIN, _TEST, _CLASSES = 37, 11, 100
 _REAL = pytest.mark.skipif(
     'TFDS_DATA_DIR' not in os.environ,
@@ -170,7 +172,7 @@ def test_moments_are_per_channel_and_a_constant_channel_stays_finite(root):
   assert dataset.mean.dtype == dataset.std.dtype == np.float32
   images = dataset.train.images.copy()
   images[..., 1] = 9
-  mean, std = data._moments(images)
+  mean, std = sets._moments(images)
   assert std[1] == 1 and np.isfinite(data.normalise(images, mean, std)).all()
 
 
@@ -416,12 +418,12 @@ def test_two_writers_leave_one_whole_file(root, cache):
   data.load('cifar100', root)
   path = cache / 'cifar100-3.0.2.npz'
   program = (
-      'import pathlib, sys; from experiments import decoded; '
+      'import pathlib, sys; from bpjax.train.data import decoded; '
       'path = pathlib.Path(sys.argv[1]); held = decoded.read_cache(path)\n'
       'for _ in range(40): decoded.write_cache(path, held)')
   writers = [
       subprocess.Popen([sys.executable, '-c', program, str(path)],
-                       cwd=pathlib.Path(data.__file__).parent.parent)
+                       cwd=_ROOT)
       for _ in range(2)]
   with warnings.catch_warnings():
     warnings.simplefilter('error')
@@ -433,12 +435,12 @@ def test_two_writers_leave_one_whole_file(root, cache):
 
 def test_needs_nothing_but_numpy_until_it_is_used():
   program = (
-      'import sys; from experiments import data; '
+      'import sys; from bpjax.train import data; '
       "print([m for m in ('tensorflow_datasets', 'grain', 'PIL', 'sklearn', "
       "'absl') if m in sys.modules])")
   printed = subprocess.run(
       [sys.executable, '-c', program], capture_output=True, text=True,
-      check=True, cwd=pathlib.Path(data.__file__).parent.parent)
+      check=True, cwd=_ROOT)
   assert printed.stdout.strip() == '[]'
 
 
@@ -536,9 +538,9 @@ def test_images_of_varying_size_are_streamed(tmp_path):
 
 
 def test_a_large_set_is_streamed(root, monkeypatch):
-  monkeypatch.setattr(data, '_MAX_DECODED_BYTES', 48 * 32 * 32 * 3 - 1)
+  monkeypatch.setattr(sets, '_MAX_DECODED_BYTES', 48 * 32 * 32 * 3 - 1)
   assert isinstance(data.load('cifar100', root).test, data.Stream)
-  monkeypatch.setattr(data, '_MAX_DECODED_BYTES', 48 * 32 * 32 * 3)
+  monkeypatch.setattr(sets, '_MAX_DECODED_BYTES', 48 * 32 * 32 * 3)
   assert isinstance(data.load('cifar100', root).test, data.Split)
 
 

@@ -78,7 +78,7 @@ def test_commands_name_files_that_exist():
       r'\b(?:scripts|benchmarks|examples|tests|experiments|bpjax)/[\w/.]+\.py',
       text)):
     assert (_ROOT / path).exists() or 'my_rule' in path, path
-  for module in set(re.findall(r'python -m (experiments\.\w+)', text)):
+  for module in set(re.findall(r'python -m ((?:experiments|bpjax)\.[\w.]+)', text)):
     assert (_ROOT / f'{module.replace(".", "/")}.py').exists(), module
 
 

@@ -17,18 +17,18 @@ import sys
 import warnings
 
 import bpjax
-from experiments import checkpoint
-from experiments import config as config_lib
-from experiments import data as data_lib
-from experiments import decoded
-from experiments import environment
-from experiments import launch as launch_lib
-from experiments import prepared
-from experiments import progress
-from experiments import step as step_lib
-from experiments import streams
-from experiments import train
-from experiments import workdir as workdir_lib
+from bpjax.train import config as config_lib
+from bpjax.train import data as data_lib
+from bpjax.train.data import decoded
+from bpjax.train.data import prepared
+from bpjax.train.folder import checkpoint
+from bpjax.train.folder import environment
+from bpjax.train.folder import streams
+from bpjax.train.folder import workdir as workdir_lib
+from bpjax.train.loop import launch as launch_lib
+from bpjax.train.loop import progress
+from bpjax.train.loop import run as run_lib
+from bpjax.train.loop import step as step_lib
 import jax
 import numpy as np
 import pytest
@@ -88,7 +88,7 @@ def test_the_harness_sees_a_run_that_goes_on_otherwise(tmp_path):
   program = '''
 import pathlib, sys
 from tests.faults import __main__  # One device.
-from experiments import workdir
+from bpjax.train.folder import workdir
 from tests.faults import harness
 # What a checkpoint counts on is cut with the rest.
 cut = workdir.Workdir.cut_metrics
@@ -114,7 +114,9 @@ def test_interrupted_is_no_error():
 
 
 def test_nothing_catches_everything():
-  for file in (_ROOT / 'experiments').glob('*.py'):
+  for file in [
+      *(_ROOT / 'experiments').glob('*.py'),
+      *(_ROOT / 'bpjax' / 'train').rglob('*.py')]:
     for node in ast.walk(ast.parse(file.read_text())):
       if isinstance(node, ast.ExceptHandler):
         caught = ast.unparse(node.type) if node.type else 'BaseException'
@@ -125,7 +127,7 @@ def test_nothing_catches_everything():
 
 
 @pytest.mark.parametrize('where', [
-    (checkpoint.Checkpoints, '_read'), (train, 'setup'),
+    (checkpoint.Checkpoints, '_read'), (run_lib, 'setup'),
     (data_lib, 'load'), (workdir_lib.Workdir, 'claim')])
 def test_a_signal_anywhere_touches_nothing(run, where, monkeypatch):
   (run / 'summary.json').unlink()
@@ -143,7 +145,7 @@ def test_a_signal_anywhere_touches_nothing(run, where, monkeypatch):
 
 
 def test_calls_are_cut_so_that_a_signal_is_heard():
-  pace = train._Pace()
+  pace = run_lib._Pace()
   assert pace.limit(1000) == 1
   pace.seconds = .01
   assert pace.limit(1000) == 100 and pace.limit(7) == 7
@@ -153,7 +155,7 @@ def test_calls_are_cut_so_that_a_signal_is_heard():
 
 def test_a_long_evaluation_is_broken_off_and_made_again(
     finished, tmp_path, monkeypatch):
-  evaluate, calls = train.evaluate, []
+  evaluate, calls = run_lib.evaluate, []
 
   def evaluate_and_send(run, state, split, check=lambda: None):
     calls.append(split)
@@ -161,7 +163,7 @@ def test_a_long_evaluation_is_broken_off_and_made_again(
       signal.raise_signal(signal.SIGTERM)
     return evaluate(run, state, split, check)
 
-  monkeypatch.setattr(train, 'evaluate', evaluate_and_send)
+  monkeypatch.setattr(run_lib, 'evaluate', evaluate_and_send)
   log = _launch(tmp_path / 'run', checkpoint_every=100)
   assert 'stopped by SIGTERM' in log
   assert os.listdir(tmp_path / 'run' / 'checkpoints') == ['12']
@@ -173,7 +175,7 @@ def test_a_long_evaluation_is_broken_off_and_made_again(
 
 _PROGRAM = '''
 import hashlib, time
-from experiments import progress
+from bpjax.train.loop import progress
 ready = lambda: print('ready', flush=True)
 class Destroyed:
   def __del__(self):
@@ -345,7 +347,8 @@ def test_streams_that_cannot_be_written_to(tmp_path, finished):
   program = '''
 import sys
 from tests.faults_test import _config
-from experiments import launch, streams
+from bpjax.train.loop import launch
+from bpjax.train.folder import streams
 streams.guarded(lambda: sys.exit(launch.launch(_config(), sys.argv[1])))
 '''
   def run(shell, path):

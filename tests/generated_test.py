@@ -1,7 +1,7 @@
 """Generated tasks against an evaluator of their own, and their splits."""
 
-from experiments import data
-from experiments import generated
+from bpjax.train import data
+from bpjax.train.data import generated
 import numpy as np
 import pytest
 

@@ -12,16 +12,17 @@ import types
 
 from absl.testing import parameterized
 import bpjax
-from experiments import checkpoint
-from experiments import config as config_lib
-from experiments import data as data_lib
-from experiments import launch as launch_lib
-from experiments import optimizer
-from experiments import progress
-from experiments import step as step_lib
+from bpjax.train import config as config_lib
+from bpjax.train import data as data_lib
+from bpjax.train.folder import checkpoint
+from bpjax.train.folder import workdir as workdir_lib
+from bpjax.train.loop import launch as launch_lib
+from bpjax.train.loop import optimizer
+from bpjax.train.loop import progress
+from bpjax.train.loop import run as run_lib
+from bpjax.train.loop import step as step_lib
+from experiments import config as flags_lib
 from experiments import sweep as sweep_lib
-from experiments import train
-from experiments import workdir as workdir_lib
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
@@ -111,7 +112,7 @@ def _metrics(path, split=None):
 def _ready(config, path):
   """The run of a config, made ready in a folder of its own."""
   with workdir_lib.Workdir(str(path)) as folder:
-    return train.setup(config, folder)
+    return run_lib.setup(config, folder)
 
 
 def _rows(run, count):
@@ -231,7 +232,7 @@ class RunFolderTest(parameterized.TestCase):
   def test_a_folder_in_use_is_refused(self):
     holder = subprocess.Popen(
         [sys.executable, '-c',
-         'import sys; from experiments import workdir\n'
+         'import sys; from bpjax.train.folder import workdir\n'
          f'w = workdir.Workdir({str(self.tmp)!r}); print("held", flush=True)\n'
          'sys.stdin.read()'],
         cwd=_ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -443,7 +444,7 @@ class ResumeTest(parameterized.TestCase):
     config = self.tmp / 'config.py'
     config.write_text(
         'import json, ml_collections\n'
-        'from experiments import config as config_lib\n'
+        'from bpjax.train import config as config_lib\n'
         'def get_config():\n'
         '  config = config_lib.default()\n'
         f'  values = {config_lib.to_json(_everything())!r}\n'
@@ -453,7 +454,7 @@ class ResumeTest(parameterized.TestCase):
     # Slow enough that a signal from outside meets it in the middle.
     slow = (
         'import sys, time\n'
-        'from experiments import main, progress\n'
+        'from experiments import main; from bpjax.train.loop import progress\n'
         'from absl import app\n'
         'advance = progress.Progress.advance\n'
         'def wait(self, steps):\n'
@@ -639,7 +640,7 @@ class RefusedTest(parameterized.TestCase):
       patch.setenv('TFDS_DATA_DIR', str(self.tmp / 'none'))
       patch.setenv('BPJAX_CACHE_DIR', str(self.tmp / 'none'))
       with pytest.raises(ValueError) as error:
-        config = config_lib.override(_config(), values)
+        config = flags_lib.override(_config(), values)
         config_lib.to_json(config)
         _ready(config, self.tmp)
     assert sentence in str(error.value)
@@ -664,7 +665,7 @@ class RefusedTest(parameterized.TestCase):
     assert done.stderr.count('\n') == 1
 
   def test_new_keys_from_the_command_line(self):
-    config = config_lib.override(_config(), {
+    config = flags_lib.override(_config(), {
         'rule_args.scale': '.5', 'model_args.widths': '(8, 4)',
         'model_args.activation': 'tanh', 'mesh.model': '1'})
     assert config.rule_args.scale == .5
@@ -950,7 +951,11 @@ class DevicesTest(parameterized.TestCase):
     _launch(_config(rule='kolen_pollack', epochs=1), self.tmp / 'one')
     program = f'''
 import json
-from experiments import config as config_lib, launch, train, workdir
+from bpjax.train import config as config_lib
+from experiments import config as flags_lib
+from bpjax.train.loop import launch
+from bpjax.train.loop import run as run_lib
+from bpjax.train.folder import workdir
 config = config_lib.default()
 for k, v in json.loads({json.dumps(json.dumps(config_lib.to_json(
     _config(rule='kolen_pollack', epochs=1))))}).items():
@@ -961,7 +966,7 @@ config.sharding = (
     ('feedback/*', ('model',)), ('Dense_0/kernel', (None, 'model')), ('*', ()))
 assert launch.launch(config, {str(self.tmp / 'model')!r}, quiet=True) == 0
 with workdir.Workdir({str(self.tmp / 'other')!r}) as folder:
-  run = train.setup(config, folder)
+  run = run_lib.setup(config, folder)
   state = run.programs['init']()
   print(state.params['Dense_0']['kernel'].sharding.spec)
   print(state.feedback['Dense_1']['kernel'].sharding.spec)

@@ -8,7 +8,7 @@ from unittest import mock
 
 from absl.testing import absltest
 import bpjax
-from experiments import launch
+from bpjax.train.loop import launch
 from experiments import search
 from experiments.configs import local_mixer
 from experiments.configs import local_mixer_contrastive

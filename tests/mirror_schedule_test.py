@@ -2,8 +2,8 @@
 
 import json
 
-from experiments import config as config_lib
-from experiments import launch
+from bpjax.train import config as config_lib
+from bpjax.train.loop import launch
 import pytest
 
 

@@ -1,9 +1,10 @@
 """Contrast normalisation and ZCA whitening, against numpy."""
 
 from absl.testing import parameterized
-from experiments import data
-from experiments import decoded
-from experiments import preprocessing
+from bpjax.train import data
+from bpjax.train.data import decoded
+from bpjax.train.data import preprocessing
+from bpjax.train.data import sets
 import jax
 import numpy as np
 import pytest
@@ -180,8 +181,8 @@ class LoadTest(parameterized.TestCase):
 
   def test_a_stream_is_refused(self):
     stream = data.ImageStream([], num_classes=2, image_size=8, channels=3)
-    self.patch.setattr(data, '_digits', lambda: data._Whole(
+    self.patch.setattr(sets, '_digits', lambda: sets._Whole(
         stream, stream, 2, 'a stream'))
-    self.patch.setattr(data.splits, 'hold_out', lambda *a: (None, None))
+    self.patch.setattr(sets.splits, 'hold_out', lambda *a: (None, None))
     with pytest.raises(ValueError, match='is streamed, and .* into memory'):
       data.load('digits', preprocessing='gcn_zca')

@@ -12,8 +12,8 @@ from absl.testing import parameterized
 from bpjax import models
 from bpjax import rules
 from bpjax.local import variants
-from experiments import config as config_lib
-from experiments import launch
+from bpjax.train import config as config_lib
+from bpjax.train.loop import launch
 from experiments import reproduction
 import jax
 import pytest

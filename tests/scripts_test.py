@@ -8,8 +8,8 @@ import tempfile
 
 from absl.testing import absltest
 import bpjax
-from experiments import config as config_lib
-from experiments import launch
+from bpjax.train import config as config_lib
+from bpjax.train.loop import launch
 
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 

@@ -6,18 +6,19 @@ import json
 import signal
 
 import bpjax
-from experiments import checkpoint
-from experiments import config as config_lib
-from experiments import data as data_lib
-from experiments import launch as launch_lib
-from experiments import optimizer
-from experiments import progress
-from experiments import tasks
-from experiments import text as text_lib
-from experiments import train
-from experiments import workdir as workdir_lib
-from experiments.rows import Asked
-from experiments.rows import Tokens
+from bpjax.train import config as config_lib
+from bpjax.train import data as data_lib
+from bpjax.train.data import sets
+from bpjax.train.data import text as text_lib
+from bpjax.train.data.rows import Asked
+from bpjax.train.data.rows import Tokens
+from bpjax.train.folder import checkpoint
+from bpjax.train.folder import workdir as workdir_lib
+from bpjax.train.loop import launch as launch_lib
+from bpjax.train.loop import optimizer
+from bpjax.train.loop import progress
+from bpjax.train.loop import run as run_lib
+from bpjax.train.loop import tasks
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -100,7 +101,7 @@ def _launch(config, path, expect=0):
 
 def _ready(config, path):
   with workdir_lib.Workdir(str(path)) as folder:
-    return train.setup(config, folder)
+    return run_lib.setup(config, folder)
 
 
 def _state(config, tmp_path, path):
@@ -258,7 +259,7 @@ def test_texts_are_streamed(tmp_path, language, monkeypatch):
       'made', corpus, kind='', vocabulary=300, length=16, validation=20,
       train_examples=None, cache_dir=tmp_path)
   monkeypatch.setattr(
-      data_lib, 'load', lambda *_, **__: data_lib._of_texts('made', loaded))
+      data_lib, 'load', lambda *_, **__: sets._of_texts('made', loaded))
   config = _config(
       dataset='streamed', dataset_args={},
       model='tiny_each' if language else 'tiny')

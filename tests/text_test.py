@@ -6,13 +6,14 @@ import shutil
 import subprocess
 import sys
 
-from experiments import data
-from experiments import tokenizer
+from bpjax.train import data
+from bpjax.train.data import tokenizer
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 import written_sets
 
+_ROOT = pathlib.Path(__file__).resolve().parents[1]
 _WORDS = 'the cat dog sat ran on under a mat tree and slept well never'.split()
 _INDEX = {'pythonClassName':
           'tensorflow_datasets.core.features.tensor_feature.Tensor',
@@ -212,13 +213,13 @@ def test_a_tokeniser_sees_training_texts_alone(root):
 @pytest.mark.parametrize('kind', tokenizer.KINDS)
 def test_a_tokeniser_is_the_same_in_every_process(kind):
   program = (
-      'import sys; from experiments import tokenizer\n'
+      'import sys; from bpjax.train.data import tokenizer\n'
       'texts = [f"word{i % 97} and thing{i % 13}, no {i}." for i in range(500)]\n'
       f'print(tokenizer.train({kind!r}, texts, 300, None))')
   found = {
       subprocess.run(
           [sys.executable, '-c', program], capture_output=True, text=True,
-          check=True, cwd=pathlib.Path(data.__file__).parents[1],
+          check=True, cwd=_ROOT,
           env={**os.environ, 'PYTHONHASHSEED': seed}).stdout
       for seed in ('1', '2')}
   assert len(found) == 1 and tokenizer.size(found.pop()) > 26

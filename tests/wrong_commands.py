@@ -143,13 +143,13 @@ _FILES = {
     'exits': ('import sys\nsys.exit(3)\n', 'line 2'),
     'lacks': ('x = 1\n', 'get_config'),
     'imports': ('import nothing_of_this_name\n', 'nothing_of_this_name'),
-    'unknown': ('from experiments import config\ndef get_config():\n'
+    'unknown': ('from bpjax.train import config\ndef get_config():\n'
                 '  c = config.default()\n  c.lerning_rate = 1\n  return c\n', 'lerning_rate'),
-    'type': ('from experiments import config\ndef get_config():\n'
+    'type': ('from bpjax.train import config\ndef get_config():\n'
              '  c = config.default()\n  c.epochs = "many"\n  return c\n', 'epochs'),
     'empty': ('import ml_collections\ndef get_config():\n'
               '  return ml_collections.ConfigDict()\n', 'missing'),
-    'object': ('from experiments import config\ndef get_config():\n'
+    'object': ('from bpjax.train import config\ndef get_config():\n'
                '  c = config.default()\n  c.rule_args.scale = object()\n  return c\n', 'rule_args.scale'),
 }
 _SWEEPS = [
@@ -212,14 +212,14 @@ def run(program: str, arguments: list[str]) -> tuple[int, str, float]:
 
 
 def _called(program, arguments):
+  from bpjax.train.loop import run as run_lib
   from experiments import main
   from experiments import sweep
-  from experiments import train
 
   def accept(*_):
     os._exit(_ACCEPTED)
 
-  train._compile = accept  # pylint: disable=protected-access
+  run_lib._compile = accept  # pylint: disable=protected-access
   argv = sys.argv = [program, *arguments]  # Flags of a config read it there.
   try:
     {'main': main, 'sweep': sweep}[program].main(main.parse(argv))
@@ -250,7 +250,7 @@ VALUES = (
 
 def fields() -> tuple[int, list[str]]:
   """Every field with every value: the number, and where not a ValueError."""
-  from experiments import fields as fields_lib
+  from bpjax.train import fields as fields_lib
   default = {f.name: f.default for f in fields_lib.FIELDS}
   faults, count = [], 0
   for name in default:
@@ -271,7 +271,7 @@ def generated() -> list[list[str]]:
   import inspect
 
   import bpjax
-  from experiments import fields as fields_lib
+  from bpjax.train import fields as fields_lib
   texts = [v if isinstance(v, str) else repr(v) for v in VALUES[:-2]]
   found = [[f'--config.{name}={t}'] for name in fields_lib.BY_NAME for t in texts]
   for field, library in (('rule', bpjax.rules), ('model', bpjax.models)):
@@ -291,13 +291,13 @@ def main() -> int:
   os.environ['JAX_PLATFORMS'] = 'cpu'
   os.environ['TFDS_DATA_DIR'] = '/nonexistent'
   os.chdir(_ROOT)
-  from experiments import launch
+  import bpjax.train.data
+  from bpjax.train.loop import launch
   from experiments import sweep
-  import experiments.data
   del launch, sweep
   faults = []
   with tempfile.TemporaryDirectory() as folder:
-    experiments.data.load('digits')  # Warm.
+    bpjax.train.data.load('digits')  # Warm.
     listed = commands(folder)
     for program, arguments, wanted, words in listed:
       code, text, seconds = run(program, arguments)

@@ -6,8 +6,8 @@ import pathlib
 import subprocess
 import sys
 
-from experiments import config as config_lib
-from experiments import fields
+from bpjax.train import config as config_lib
+from bpjax.train import fields
 import pytest
 import wrong_calls
 import wrong_commands
@@ -40,7 +40,7 @@ def test_a_right_call_would_be_a_fault():
 
 def test_the_page_is_that_of_the_table():
   text = (_ROOT / 'docs/config.md').read_text(encoding='utf-8')
-  assert text == fields.page(), 'run `python -m experiments.fields`'
+  assert text == fields.page(), 'run `python -m bpjax.train.fields`'
 
 
 def test_the_defaults_are_those_of_the_table_and_are_right():

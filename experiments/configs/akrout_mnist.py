@@ -18,7 +18,7 @@ the mirror of their program: uniform noise, sigmoids, biases on, no decay.
 
 import math
 
-from experiments import config as config_lib
+from bpjax.train import config as config_lib
 
 ROWS = {
     'backprop': .2, 'feedback_alignment': .2, 'weight_mirror': .05,

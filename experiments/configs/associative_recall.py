@@ -3,14 +3,14 @@
   python -m experiments.main --config=experiments/configs/associative_recall.py \
       --workdir=runs/recall --config.rule=kolen_pollack
 
-The examples are generated, see `experiments.generated.associative_recall`; several
+The examples are generated, see `bpjax.train.data.generated.associative_recall`; several
 keys are asked in each row, of a causal model. The control keeps the blocks as they
 are drawn: --config.frozen="('block_*',)". Test accuracy after the two epochs, one
 seed: 100.0% with backprop, 25.3% with frozen blocks, which catch up when they are
 trained for ten (99.98%); chance is 6.25%.
 """
 
-from experiments import config as config_lib
+from bpjax.train import config as config_lib
 
 
 def get_config():

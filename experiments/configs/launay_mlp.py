@@ -18,7 +18,7 @@ layers, a mean in the readout. (With a mean everywhere, 6 epochs reach 25%.)
 Alignment is measured at each epoch's end on the first 128 test images.
 """
 
-from experiments import config as config_lib
+from bpjax.train import config as config_lib
 
 # Row -> arguments of the model; {} where only the rule's differ.
 ROWS = {

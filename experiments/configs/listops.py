@@ -3,12 +3,12 @@
   python -m experiments.main --config=experiments/configs/listops.py \
       --workdir=runs/listops --config.rule=kolen_pollack
 
-The examples are generated, see `experiments.generated.listops`; ten classes of
+The examples are generated, see `bpjax.train.data.generated.listops`; ten classes of
 one size. Test accuracy with backprop, one seed: 57.9%. The control keeps the blocks as they are drawn:
 --config.frozen="('block_*',)".
 """
 
-from experiments import config as config_lib
+from bpjax.train import config as config_lib
 
 
 def get_config():

@@ -20,7 +20,7 @@ Data are read from --config.data_dir or TFDS_DATA_DIR.
 
 import bpjax
 from bpjax.models.local_mixer import SIZES
-from experiments import config as config_lib
+from bpjax.train import config as config_lib
 
 # Learning rates of Adam that were tried, the same for all variants.
 CANDIDATES = (1e-3, 3e-3, 1e-2)

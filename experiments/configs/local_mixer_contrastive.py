@@ -23,7 +23,7 @@ needs more steps), in a minute on one CPU core.
 """
 
 import bpjax
-from experiments import config as config_lib
+from bpjax.train import config as config_lib
 
 PRESETS = ('full', 'small')
 

@@ -11,7 +11,7 @@ cosine, feedback alignment ends about a point lower, and no run is steady.
 Test accuracy, %, mean of three seeds: see the README.
 """
 
-from experiments import config as config_lib
+from bpjax.train import config as config_lib
 
 
 def get_config():

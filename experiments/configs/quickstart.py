@@ -10,7 +10,7 @@ About 6 s on one CPU core, compilation included. Test accuracy with backprop and
 seed 0: 96.7%.
 """
 
-from experiments import config as config_lib
+from bpjax.train import config as config_lib
 
 
 def get_config():

@@ -25,7 +25,7 @@ CIFAR-10 is read from --config.data_dir or TFDS_DATA_DIR; whitening it takes a
 minute of one CPU core and 1 GiB, once, and a file of 369 MB in the cache.
 """
 
-from experiments import config as config_lib
+from bpjax.train import config as config_lib
 
 _TARGETS = 'recursive_local_representation_alignment'
 # Network -> the model and its arguments.

@@ -12,7 +12,7 @@ Gaussian initial weights, of variance 1 / (fan-in + fan-out), 100 epochs. The
 paper gives no rate; Adam at 1e-3 here, for both.
 """
 
-from experiments import config as config_lib
+from bpjax.train import config as config_lib
 
 RULES = ('backprop', 'recursive')
 ACTIVATIONS = ('sigmoid', 'tanh')

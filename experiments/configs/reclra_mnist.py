@@ -26,7 +26,7 @@ its row has one hidden layer of 500, the smallest of its own paper's, and SGD fo
 10 epochs.
 """
 
-from experiments import config as config_lib
+from bpjax.train import config as config_lib
 
 DATASETS = ('mnist', 'fashion_mnist')
 _RATES = (5e-4, 1e-3, 2e-3)

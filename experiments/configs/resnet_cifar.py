@@ -17,7 +17,7 @@ CIFAR-10 is read from --config.data_dir or TFDS_DATA_DIR. A step takes .5
 to .8 s on one CPU core. Test error in their table, %: 8.63 with backprop.
 """
 
-from experiments import config as config_lib
+from bpjax.train import config as config_lib
 
 # Row -> the rule, its arguments, and the learning rate.
 ROWS = {

@@ -16,7 +16,7 @@ seed, 80.5% with backprop and 80.6% with frozen blocks. For claims about transfo
 listops.py and associative_recall.py.
 """
 
-from experiments import config as config_lib
+from bpjax.train import config as config_lib
 
 
 def get_config():

@@ -8,7 +8,7 @@ Karpathy's 40,000 lines, split 90 / 5 / 5 by characters; read from
 pairs in place of characters by --config.tokenizer=bpe: bits a character compare.
 """
 
-from experiments import config as config_lib
+from bpjax.train import config as config_lib
 
 
 def get_config():

@@ -18,12 +18,12 @@ import threading
 import time
 from typing import Any
 
-from experiments import config as config_lib
-from experiments import launch
-from experiments import progress
-from experiments import signals
-from experiments import summary
-from experiments import train
+from bpjax.train import config as config_lib
+from bpjax.train.folder import signals
+from bpjax.train.folder import summary
+from bpjax.train.loop import launch
+from bpjax.train.loop import progress
+from bpjax.train.loop import run as run_lib
 import jax
 import numpy as np
 import sklearn.datasets  # Imported before a fork, as all that takes time.
@@ -186,7 +186,7 @@ def _become(scratch, fault):
 
 def _launch(folder, scratch, fault, seed):
   """The exit code of a run, within which the fault happens."""
-  trained = train.train
+  trained = run_lib.train
 
   def train_and_tell(*args):
     state, seconds = trained(*args)
@@ -207,7 +207,7 @@ def _launch(folder, scratch, fault, seed):
   # A commit that is made meanwhile is no fault.
   summary._git_commit = lambda: None
   if not fault.limit:
-    train.train = train_and_tell
+    run_lib.train = train_and_tell
   count = _count_operations(str(folder), fault)
   code = launch.launch(config(seed), str(folder))
   if not fault.limit:

@@ -3,7 +3,7 @@
 `FIELDS` is the one table. From it come `config.default()`, the checks of
 `config.check`, `--help`, and docs/config.md, which this command writes:
 
-  python -m experiments.fields > docs/config.md
+  python -m bpjax.train.fields > docs/config.md
 
 A new field is one more line of the table. Nothing here imports JAX, so that a
 wrong value is refused before it is loaded.
@@ -552,7 +552,7 @@ def check(values: Mapping[str, Any]) -> None:
     if name not in values:
       raise ValueError(
           f'`config.{name}` is missing; start from '
-          '`experiments.config.default()`.')
+          '`bpjax.train.config.default()`.')
     field.kind.check(name, values[name])
 
 
@@ -573,10 +573,10 @@ def page() -> str:
   """The documentation of the fields, in Markdown."""
   lines = [
       '# The fields of a config', '',
-      '<!-- Written by `python -m experiments.fields > docs/config.md`. -->',
+      '<!-- Written by `python -m bpjax.train.fields > docs/config.md`. -->',
       '',
       'A config file is a Python file with `get_config()` that starts from '
-      '`experiments.config.default()`; `--config.FIELD=VALUE` overrides a '
+      '`bpjax.train.config.default()`; `--config.FIELD=VALUE` overrides a '
       'field. That file is the one thing that is run as code.']
   for group in dict.fromkeys(f.group for f in FIELDS):
     lines += ['', f'## {group}', '', '| field | default | must be | meaning |',

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from experiments.streaming import epoch_order
+from bpjax.train.data.streaming import epoch_order
 import numpy as np
 
 # Splits never depend on the run's seed: seeds are compared on the same data.

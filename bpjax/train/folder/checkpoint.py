@@ -13,7 +13,7 @@ from typing import Any
 
 from absl import logging
 from bpjax import paths
-from experiments import workdir
+from bpjax.train.folder import workdir
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -241,7 +241,7 @@ def _silence_late_complaints():
     if 'Event loop is closed' not in str(unraisable.exc_value):
       before(unraisable)
 
-  hook.silences = True
+  setattr(hook, 'silences', True)
   sys.unraisablehook = hook
   logging.get_absl_logger().addFilter(
       lambda record: 'orbax' not in record.pathname)

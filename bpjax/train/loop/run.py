@@ -17,18 +17,18 @@ from typing import Any
 
 import bpjax
 from bpjax import paths
-from experiments import augment as augment_lib
-from experiments import checkpoint
-from experiments import config as config_lib
-from experiments import data as data_lib
-from experiments import devices
-from experiments import feed as feed_lib
-from experiments import generated
-from experiments import optimizer
-from experiments import progress as progress_lib
-from experiments import step as step_lib
-from experiments import tasks
-from experiments import workdir as workdir_lib
+from bpjax.train import config as config_lib
+from bpjax.train import data as data_lib
+from bpjax.train.data import augment as augment_lib
+from bpjax.train.data import feed as feed_lib
+from bpjax.train.data import generated
+from bpjax.train.folder import checkpoint
+from bpjax.train.folder import workdir as workdir_lib
+from bpjax.train.loop import devices
+from bpjax.train.loop import optimizer
+from bpjax.train.loop import progress as progress_lib
+from bpjax.train.loop import step as step_lib
+from bpjax.train.loop import tasks
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from experiments import prepared
+from bpjax.train.data import prepared
 import numpy as np
 
 KINDS = ('wordpiece', 'bpe', 'characters')

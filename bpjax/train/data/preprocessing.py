@@ -14,8 +14,8 @@ import logging
 import pathlib
 from typing import NamedTuple
 
-from experiments import decoded
-from experiments.decoded import Split
+from bpjax.train.data import decoded
+from bpjax.train.data.decoded import Split
 import numpy as np
 
 _CHUNK = 1024  # Images that are floats of full precision at once.

@@ -13,8 +13,8 @@ import sys
 import threading
 import time
 
-from experiments import signals
-from experiments import streams
+from bpjax.train.folder import signals
+from bpjax.train.folder import streams
 import rich.console
 import rich.progress
 
@@ -101,7 +101,7 @@ def _silence():
     if not isinstance(unraisable.exc_value, Interrupted):
       before(unraisable)
 
-  hook.knows = Interrupted
+  setattr(hook, 'knows', Interrupted)
   sys.unraisablehook = hook
 
 

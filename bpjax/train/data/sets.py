@@ -5,7 +5,7 @@ texts that is prepared on this machine, without TensorFlow, a plain text file, o
 makes the examples of a generated task. A set of images of up to 1 GiB is decoded
 once to arrays and kept in one cache file, `<cache_dir>/<name>-<version>.npz`;
 that file is all that a machine without TFDS needs. A larger set, or one whose
-images vary in size, is streamed (`Stream`). Of texts see `experiments.text`.
+images vary in size, is streamed (`Stream`). Of texts see `bpjax.train.data.text`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,20 +13,20 @@ import os
 import pathlib
 from typing import Any, NamedTuple
 
-from experiments import decoded
-from experiments import generated
-from experiments import prepared
-from experiments import preprocessing as preprocessing_lib
-from experiments import splits
-from experiments import text
-from experiments.decoded import Split
-from experiments.rows import Asked
-from experiments.rows import Tokens
-from experiments.streaming import epoch_order
-from experiments.streaming import IMAGENET_MEAN
-from experiments.streaming import IMAGENET_STD
-from experiments.streaming import ImageStream
-from experiments.streaming import Stream
+from bpjax.train.data import decoded
+from bpjax.train.data import generated
+from bpjax.train.data import prepared
+from bpjax.train.data import preprocessing as preprocessing_lib
+from bpjax.train.data import splits
+from bpjax.train.data import text
+from bpjax.train.data.decoded import Split
+from bpjax.train.data.rows import Asked
+from bpjax.train.data.rows import Tokens
+from bpjax.train.data.streaming import epoch_order
+from bpjax.train.data.streaming import IMAGENET_MEAN
+from bpjax.train.data.streaming import IMAGENET_STD
+from bpjax.train.data.streaming import ImageStream
+from bpjax.train.data.streaming import Stream
 import numpy as np
 
 _MAX_DECODED_BYTES = 2**30
@@ -113,7 +113,7 @@ def load(
     image_size: height and width of streamed images; arrays keep their own.
     preprocessing: '' (none), 'gcn' (global contrast normalisation) or 'gcn_zca'
       (ZCA whitening after it, by the images of `train` alone); see
-      `experiments.preprocessing`. Whitened images are kept in a cache file.
+      `bpjax.train.data.preprocessing`. Whitened images are kept in a cache file.
     zca_epsilon: of the whitening.
     tokenizer: of texts, see `text.load`; so are `vocabulary` and `length`.
     vocabulary: largest number of tokens.
@@ -140,7 +140,8 @@ def load(
   """
   del seed
   folder = _cache_folder(cache_dir)
-  corpus = None
+  directory = prepared.data_directory(data_dir)
+  corpus = found = None
   if name in generated.names():
     arguments = dict(dataset_args or {})
     if length:
@@ -156,7 +157,6 @@ def load(
   if str(name).endswith('.txt'):
     corpus = text.from_file(name)
   elif name != 'digits':
-    directory = prepared.data_directory(data_dir)
     found = prepared.find(name, directory, text_features)
     if found is None:
       corpus = text.from_cache(name, folder)
@@ -182,11 +182,11 @@ def load(
   else:
     image_shape = train.images.shape[1:]
     mean, std = _moments(train.images)
-  validation = None if held_out is None else _select(whole.train, held_out)
   dataset = Dataset(
       name=name, num_classes=whole.num_classes, image_shape=image_shape,
-      train=train, validation=validation, test=whole.test, mean=mean, std=std,
-      source=whole.source)
+      train=train,
+      validation=None if held_out is None else _select(whole.train, held_out),
+      test=whole.test, mean=mean, std=std, source=whole.source)
   if not preprocessing:
     return dataset
   return _preprocessed(dataset, preprocessing, zca_epsilon, folder)

@@ -14,14 +14,14 @@ import contextlib
 import json
 import time
 
-from experiments import checkpoint
-from experiments import config as config_lib
-from experiments import environment
-from experiments import progress
-from experiments import streams
-from experiments import summary as summary_lib
-from experiments import train
-from experiments import workdir as workdir_lib
+from bpjax.train import config as config_lib
+from bpjax.train.folder import checkpoint
+from bpjax.train.folder import environment
+from bpjax.train.folder import streams
+from bpjax.train.folder import summary as summary_lib
+from bpjax.train.folder import workdir as workdir_lib
+from bpjax.train.loop import progress
+from bpjax.train.loop import run as run_lib
 import ml_collections
 
 
@@ -68,7 +68,7 @@ def launch(
     except _Refused as error:
       complain(f'error: {error}')
       return 2
-    except train.NonFiniteError as error:
+    except run_lib.NonFiniteError as error:
       complain(f'error: {error}')
       return 3
     except workdir_lib.DiskError as error:
@@ -96,7 +96,7 @@ def _finish(config, folder, stopper, begin):
     if ready is None:
       return
     run, checkpoints, state, step = ready
-    state, seconds = train.train(run, checkpoints, state, step, stopper)
+    state, seconds = run_lib.train(run, checkpoints, state, step, stopper)
   summary = summary_lib.summarise(
       run, state, seconds, wall_time=time.perf_counter() - begin)
   folder.finish(summary)
@@ -117,7 +117,7 @@ def _prepare(config, folder, stack):
   if folder.summary() is not None:
     folder.log(f'{folder.path} is finished; nothing to do')
     return None
-  run = train.setup(config, folder)
+  run = run_lib.setup(config, folder)
   surroundings = environment.describe(run.dataset)
   folder.check_environment(surroundings)
   folder.claim(values, surroundings)
@@ -129,4 +129,4 @@ def _prepare(config, folder, stack):
   checkpoints = stack.enter_context(checkpoint.Checkpoints(
       folder.checkpoints, config.keep_checkpoints, warn=folder.warn,
       identity=folder.identity))
-  return run, checkpoints, *train.start(run, checkpoints)
+  return run, checkpoints, *run_lib.start(run, checkpoints)

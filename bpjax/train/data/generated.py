@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from experiments.rows import Asked
-from experiments.rows import NONE
-from experiments.rows import Tokens
+from bpjax.train.data.rows import Asked
+from bpjax.train.data.rows import NONE
+from bpjax.train.data.rows import Tokens
 import numpy as np
 
 # ListOps: padding, [CLS], ten digits, four operators that open, one that closes.

@@ -9,9 +9,9 @@ import subprocess
 from typing import Any
 
 import bpjax
-from experiments import data as data_lib
-from experiments import step as step_lib
-from experiments import train
+from bpjax.train import data as data_lib
+from bpjax.train.loop import run as run_lib
+from bpjax.train.loop import step as step_lib
 import jax
 import numpy as np
 
@@ -23,14 +23,14 @@ _PACKAGES = (
 
 
 def summarise(
-    run: train.Run, state: step_lib.TrainState, seconds: list[float],
+    run: run_lib.Run, state: step_lib.TrainState, seconds: list[float],
     wall_time: float) -> dict[str, Any]:
   """What `summary.json` holds. Times are in seconds, of this process."""
   split = run.dataset.train
   if isinstance(split, data_lib.Stream):
     split = split.select(np.arange(min(len(split), _STREAMED_TRAIN_EXAMPLES)))
-  measured = train.evaluate(run, state, split)
-  first_loss = train.evaluate(run, run.programs['init'](), split)['loss']
+  measured = run_lib.evaluate(run, state, split)
+  first_loss = run_lib.evaluate(run, run.programs['init'](), split)['loss']
   last = [m for m in run.folder.metrics() if m['step'] == run.total_steps]
   results = {f'train_{name}': value for name, value in measured.items()} | {
       'first_train_loss': first_loss,

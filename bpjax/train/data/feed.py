@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
-from experiments import data as data_lib
+from bpjax.train import data as data_lib
 import jax
 from jax.sharding import Mesh
 from jax.sharding import NamedSharding

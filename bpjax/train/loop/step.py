@@ -12,9 +12,9 @@ import functools
 from typing import Any, NamedTuple
 
 import bpjax
-from experiments import data as data_lib
-from experiments import optimizer
-from experiments import tasks
+from bpjax.train import data as data_lib
+from bpjax.train.loop import optimizer
+from bpjax.train.loop import tasks
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding

@@ -17,7 +17,7 @@ import warnings
 import zipfile
 import zlib
 
-from experiments import prepared
+from bpjax.train.data import prepared
 import numpy as np
 
 _CHUNK = 256  # examples read from disk at once
@@ -73,6 +73,7 @@ def decode(found: prepared.Prepared) -> Decoded:
   splits, size = [], found.image_shape[1::-1]
   for split in ('train', found.test):
     examples = prepared.Examples(found, split)
+    piece = []
     images = np.empty((len(examples), *found.image_shape), np.uint8)
     labels = np.empty(len(examples), np.int32)
     for i in range(len(examples)):

@@ -18,8 +18,8 @@ import os
 import stat
 from typing import Any
 
-from experiments import config as config_lib
-from experiments import streams
+from bpjax.train import config as config_lib
+from bpjax.train.folder import streams
 import rich.console
 
 _METRICS, _SUMMARY = 'metrics.jsonl', 'summary.json'
@@ -128,7 +128,7 @@ class Workdir:
     """Compares what else changes results with what it was when the run began.
 
     Args:
-      environment: from `experiments.environment`, or a part of it.
+      environment: from `bpjax.train.folder.environment`, or a part of it.
 
     Raises:
       ValueError: for a difference that changes results. One that may change

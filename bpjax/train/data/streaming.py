@@ -12,8 +12,8 @@ import math
 import os
 from typing import Any
 
-from experiments import prepared
-from experiments.decoded import Split
+from bpjax.train.data import prepared
+from bpjax.train.data.decoded import Split
 import numpy as np
 
 # Per-channel mean and standard deviation of the ImageNet training images in

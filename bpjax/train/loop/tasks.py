@@ -13,10 +13,10 @@ import math
 from typing import Any, NamedTuple, Protocol
 
 import bpjax
-from experiments import data as data_lib
-from experiments.rows import Asked
-from experiments.rows import NONE
-from experiments.rows import Tokens
+from bpjax.train import data as data_lib
+from bpjax.train.data.rows import Asked
+from bpjax.train.data.rows import NONE
+from bpjax.train.data.rows import Tokens
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-from experiments import data as data_lib
+from bpjax.train import data as data_lib
 import jax
-import jaxlib
+import jaxlib.version
 import numpy as np
 
 _SETTINGS = (
@@ -33,7 +33,7 @@ def describe(dataset: data_lib.Dataset) -> dict[str, Any]:
           'device_kind': jax.devices()[0].device_kind,
           'jax_default_matmul_precision':
               jax.config.jax_default_matmul_precision,
-          'jax': jax.__version__, 'jaxlib': jaxlib.__version__,
+          'jax': jax.__version__, 'jaxlib': jaxlib.version.__version__,
       }}
 
 

@@ -210,7 +210,7 @@ def require(module: str, purpose: str) -> Any:
   except ImportError as error:
     raise ValueError(
         f'{purpose} needs the Python package {module.split(".")[0]} ({error}); '
-        "install the extra with `pip install 'bpjax[experiments]'`, or copy "
+        "install the extra with `pip install 'bpjax[train]'`, or copy "
         'the decoded cache file of the data set to this machine') from error
 
 

@@ -16,14 +16,14 @@ import os
 import pathlib
 from typing import Any, NamedTuple
 
-from experiments import decoded
-from experiments import prepared
-from experiments import splits as splits_lib
-from experiments import streaming
-from experiments import tokenizer as tokenizer_lib
-from experiments.rows import Asked
-from experiments.rows import NONE
-from experiments.rows import Tokens
+from bpjax.train.data import decoded
+from bpjax.train.data import prepared
+from bpjax.train.data import splits as splits_lib
+from bpjax.train.data import streaming
+from bpjax.train.data import tokenizer as tokenizer_lib
+from bpjax.train.data.rows import Asked
+from bpjax.train.data.rows import NONE
+from bpjax.train.data.rows import Tokens
 import numpy as np
 
 _CHUNK = 4096  # Examples read from disk at once.
@@ -170,7 +170,7 @@ def load(
   Args:
     name: of the set, for errors and the cache file.
     corpus: its texts.
-    kind: of the tokeniser, see `experiments.tokenizer`; '': 'wordpiece' of
+    kind: of the tokeniser, see `bpjax.train.data.tokenizer`; '': 'wordpiece' of
       sentences, 'characters' of a language.
     vocabulary: largest number of tokens.
     length: of every row; 0: 64 tokens of sentences, 128 of a language.

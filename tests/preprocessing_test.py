@@ -181,7 +181,7 @@ class LoadTest(parameterized.TestCase):
 
   def test_a_stream_is_refused(self):
     stream = data.ImageStream([], num_classes=2, image_size=8, channels=3)
-    self.patch.setattr(sets, '_digits', lambda: sets._Whole(
+    self.patch.setattr(sets, '_digits', lambda: sets.Whole(
         stream, stream, 2, 'a stream'))
     self.patch.setattr(sets.splits, 'hold_out', lambda *a: (None, None))
     with pytest.raises(ValueError, match='is streamed, and .* into memory'):

@@ -15,6 +15,7 @@ from typing import Any
 
 from bpjax.train import fields as fields_lib
 from bpjax.train.data import generated
+from bpjax.train.data import own
 import ml_collections
 
 
@@ -56,10 +57,15 @@ def check(config: ml_collections.ConfigDict) -> None:
     raise ValueError(
         "`accumulate` must be 1 with `feedback_schedule='epochs'`, got "
         f'{config.accumulate}.')
-  if config.dataset_args and config.dataset not in generated.names():
+  if config.dataset_args and config.dataset not in generated.names() and (
+      not own.is_own(config.dataset)):
     raise ValueError(
-        f'`dataset_args` needs a generated `dataset`, got {config.dataset!r}; '
-        f'known: {", ".join(generated.names())}.')
+        '`dataset_args` needs a generated `dataset`, or one of your own, got '
+        f'{config.dataset!r}; known: {", ".join(generated.names())}.')
+  if config.image_size and config.dataset in ('digits', *generated.names()):
+    raise ValueError(
+        f'`image_size` means nothing for `dataset` {config.dataset!r}, got '
+        f'{config.image_size}; leave it at 0.')
   if config.feedback_schedule == 'epochs' and config.epochs % 2:
     raise ValueError(
         "`epochs` must be even with `feedback_schedule='epochs'`, half of them "
@@ -83,6 +89,10 @@ def check(config: ml_collections.ConfigDict) -> None:
     raise ValueError(
         '`weight_decay` must be below 1 outside adamw, where it is the share of '
         f'a weight that is taken away at every step, got {config.weight_decay}.')
+  if config.label_smoothing and config.loss != 'cross_entropy':
+    raise ValueError(
+        "`label_smoothing` is that of `loss='cross_entropy'`, got the loss "
+        f'{config.loss!r}; leave it at 0.')
   if config.frozen and '*' in config.frozen:
     raise ValueError(
         "`frozen` must leave something that learns, and the pattern '*' leaves "
@@ -107,6 +117,32 @@ def _check_augment(config):
         'state of each image and not of each view; leave one out.')
 
 
+# Schedules whose rates depend on the number of all steps.
+OF_THE_TOTAL = ('cosine', 'linear', 'polynomial')
+
+
+def goes_on(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+  """Whether a run of one config is the beginning of one of another.
+
+  Raises:
+    ValueError: if it would be, but for a schedule that depends on `epochs`.
+
+  Example:
+    >>> a, b = default().to_dict(), default().to_dict()
+    >>> goes_on(a, b | {'epochs': 20})
+    True
+  """
+  if {**old, 'epochs': 0} != {**new, 'epochs': 0} or not (
+      isinstance(old['epochs'], int) and old['epochs'] < new['epochs']):
+    return False
+  if new['schedule'] in OF_THE_TOTAL:
+    raise ValueError(
+        f'`epochs` is {old["epochs"]} there and {new["epochs"]} here, and the '
+        f"rates of `schedule='{new['schedule']}'` depend on it, so that the run "
+        'there is not the beginning of this one; choose another `workdir`.')
+  return True
+
+
 def arguments(
     function: Callable[..., Any], config: ml_collections.ConfigDict, field: str
 ) -> dict[str, Any]:
@@ -125,6 +161,7 @@ def arguments(
       nearest names, or whose type is not that of the function's default.
 
   Example:
+    >>> import bpjax
     >>> config = default()
     >>> config.model_args.widths = (64, 64)
     >>> arguments(bpjax.models.get('mlp'), config, 'model_args')
@@ -144,11 +181,12 @@ def checked(
     field: where in the config they are, for the error.
 
   Example:
+    >>> import bpjax
     >>> checked(bpjax.models.get('mlp'), {'widths': (64, 64)}, 'model_args')
     {'widths': (64, 64)}
   """
   given = dict(given)
-  known = inspect.signature(function).parameters
+  known = parameters(function)
   if any(p.kind is p.VAR_KEYWORD for p in known.values()):
     return given
   for name, value in given.items():
@@ -156,13 +194,29 @@ def checked(
       raise ValueError(
           f'`{field}.{name}` is no argument of `{function.__name__}`'
           f'{fields_lib.nearest(name, list(known)) or "."} Known: '
-          f'{", ".join(known) or "none"}.')
+          f'{", ".join(known) or "none"}. A config file that sets none is '
+          'experiments/configs/plain.py.')
     example = known[name].default
     if not _same_kind(value, example):
       raise ValueError(
           f'`{field}.{name}` must be of the kind of its default, {example!r}, '
           f'got {fields_lib.shown(value)}.')
   return given
+
+
+def parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+  """The parameters of a function, or of the `__init__` of a class.
+
+  Example:
+    >>> list(parameters(default))
+    []
+  """
+  if not inspect.isclass(function):
+    return dict(inspect.signature(function).parameters)
+  # A metaclass may have a `__call__` that takes anything, as NNX's does.
+  found = dict(inspect.signature(function.__init__).parameters)
+  found.pop('self', None)
+  return found
 
 
 def _same_kind(value, example):

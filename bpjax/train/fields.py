@@ -20,6 +20,8 @@ import re
 import textwrap
 from typing import Any
 
+from bpjax.train import named
+
 _WHOLE = 2**31 - 1  # The largest whole number that a device counts to.
 _MOST_SHOWN = 100  # Characters of a value in a message.
 # A smaller step or norm moves no float32 weight.
@@ -166,6 +168,21 @@ class Choice(Kind):
       raise ValueError(
           f'`{where}` must be {self.text}, got {shown(value)}'
           f'{hint or "."}')
+
+
+@dataclasses.dataclass(frozen=True)
+class Code(Choice):
+  """One of some names, or code of the user's own."""
+
+  @property
+  def text(self) -> str:
+    names = ', '.join(repr(n) for n in self.names)
+    return f'one of {names} or {named.HOW}' if names else named.HOW
+
+  def check(self, where, value):
+    if not (isinstance(value, str) and value.isprintable()
+            and named.is_code(value)):
+      super().check(where, value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -349,7 +366,8 @@ FIELDS: tuple[Field, ...] = (
         _LEARNED,
         ('rule', Text(name=True), 'backprop',
          'A name of `bpjax.rules.names()`, or of `bpjax.variants.names()` for '
-         'models made of blocks.'),
+         "models made of blocks; or your own, 'package.module:function' or "
+         "'file.py:function', which returns a rule."),
         ('rule_args', Table('arguments of the rule'), {},
          'The arguments of the rule, or of `bpjax.variant`: '
          '`rule_args.scale=.5`.'),
@@ -360,7 +378,11 @@ FIELDS: tuple[Field, ...] = (
             once=True), (),
          'Rules that come before `rule`; the first that matches a unit wins, '
          'and `rule` trains those that none does.'),
-        ('model', Text(name=True), 'mlp', 'A name of `bpjax.models.names()`.'),
+        ('model', Text(name=True), 'mlp',
+         "A name of `bpjax.models.names()`, or your own: 'package.module:Class' "
+         "or 'file.py:Class', of linen or NNX, or a function that makes one. It "
+         'is given `num_classes`, `image_shape`, `in_features` and `rngs` where '
+         'it takes an argument of that name.'),
         ('model_args', Table('arguments of the model'), {},
          'The arguments of the model: `model_args.widths="(64, 64)"`.'),
         ('boundaries', _patterns('stage_*/block_*'), (),
@@ -370,11 +392,18 @@ FIELDS: tuple[Field, ...] = (
          'Globs for modules that are units as a whole: an affine operation '
          'with its norm or nonlinearity; noise comes after all of it.'),
         ('dataset', Text(name=True), 'digits',
-         "'digits', the name of a TFDS set of images or texts, the path of a "
-         "text file ('.txt'), or a generated task: 'listops', "
-         "'associative_recall'."),
-        ('dataset_args', Table('arguments of a generated task'), {},
-         'Its arguments: `dataset_args.depth=3`.'),
+         "'digits', the name of a TFDS set of images or texts, a generated "
+         "task ('listops', 'associative_recall'), or your own: the path of a "
+         "folder of images, of an .npz file, of a CSV or Parquet table, of a "
+         "text file ('.txt') or of a saved Hugging Face data set, or "
+         "'package.module:function', which returns a `bpjax.train.Dataset`."),
+        ('dataset_args', Table('arguments of a generated task or of own data'),
+         {},
+         'Its arguments: `dataset_args.depth=3`; of a table `label` and `split` '
+         'are names of columns; or those of the function.'),
+        ('image_size', count(0, 2**16), 0,
+         'Height and width that images of your own, and those that are '
+         'streamed, are scaled to; 0: their own, and 224 of streamed ones.'),
         ('data_dir', Text(), '',
          'The TFDS directory; empty: the variable TFDS_DATA_DIR.'),
         ('validation', count(), 0,
@@ -405,14 +434,15 @@ FIELDS: tuple[Field, ...] = (
          "Added to the covariance's eigenvalues."),
         ('input_noise', Number(0, _FLOAT32), 0.,
          'Deviation of Gaussian noise on inputs, in training.'),
-        ('augment', Choice(('', 'crop_flip', 'contrastive')), '',
+        ('augment', Code(('', 'crop_flip', 'contrastive')), '',
          'What a step does to its images, on the device; the random numbers '
          "are a function of seed and step. 'crop_flip': moved by up to "
          "`augment_args.padding` pixels (4), and flipped; 'contrastive': two "
          'views of every image, cropped to `augment_args.area` (.08) of it at '
          'least, flipped, jittered, blurred and solarised. The blocks of a '
          'variant then learn to tell the views of one image, the readout '
-         'alone the labels.'),
+         "alone the labels. Or your own 'package.module:function' of a key and "
+         'images, which returns images.'),
         ('augment_args', Table('arguments of the augmentation'), {},
          'Its arguments.'),
         ('contrastive_dim', count(1, 2**16), 128,
@@ -421,12 +451,28 @@ FIELDS: tuple[Field, ...] = (
          'Of the contrastive loss.')),
     *_fields(
         _OPTIMISED,
-        ('epochs', count(1), 10, 'Passes over the training examples.'),
+        ('epochs', count(1), 10,
+         'Passes over the training examples. Raise it, and a finished run goes '
+         'on, unless its schedule depends on it.'),
         ('batch_size', count(1), 128,
          "Over all devices; an epoch's remainder is dropped."),
-        ('loss', Choice(
+        ('loss', Code(
             ('cross_entropy', 'sigmoid_cross_entropy', 'squared_error')),
-         'cross_entropy', 'The last two are on one-hot labels.'),
+         'cross_entropy', 'The last two are on one-hot labels. Or your own '
+         "'package.module:function' of outputs `[batch, classes]` and labels "
+         '`[batch]`, which returns a loss for each example.'),
+        ('label_smoothing', Number(0, below=1), 0.,
+         'The share of the target that is spread over all classes, in training; '
+         "of 'cross_entropy'."),
+        ('class_weights', List(Number(0, _FLOAT32), '(1., .5)'), (),
+         'What the losses of each class are multiplied by, in training; empty: '
+         '1 each.'),
+        ('metrics', List(Code(()), "('my_metrics:top5',)", once=True), (),
+         "What is measured beside loss and accuracy: 'package.module:function' "
+         'of outputs and labels, which returns a number for each example.'),
+        ('ema', Number(0, below=1), 0.,
+         'Decay of an exponential moving average of the parameters, which is '
+         'what is evaluated then; 0: none.'),
         ('dtype', Choice(('float32', 'bfloat16')), 'float32',
          "Of the computation. Parameters, feedback and the optimiser's state are "
          'float32 in both.'),
@@ -499,6 +545,16 @@ FIELDS: tuple[Field, ...] = (
          "parameters, at every step; 'epochs': in the first, third, ... epoch "
          'it alone, in the second, fourth, ... the parameters alone (target '
          "propagation's own schedule)."),
+        ('monitor', Text(name=True), 'accuracy',
+         'What of the validation examples says which epoch is the best: '
+         "'loss', the lowest; 'accuracy' or the name of another metric, the "
+         'highest.'),
+        ('early_stopping', count(), 0,
+         'The run ends after so many epochs in a row without a better '
+         '`monitor`; 0: never.'),
+        ('keep_best', Flag(), False,
+         'Keep a checkpoint of the best epoch by `monitor`, in the folder '
+         '`best`.'),
         ('particles', Flag(), False,
          "Equilibrium propagation: each training example's free phase goes on "
          'from where its last one ended. Takes memory for the states of all '

@@ -3,6 +3,7 @@
 from bpjax.train.data.rows import Asked
 from bpjax.train.data.rows import Tokens
 from bpjax.train.data.sets import Dataset
+from bpjax.train.data.sets import from_arrays
 from bpjax.train.data.sets import load
 from bpjax.train.data.sets import normalise
 from bpjax.train.data.sets import Split
@@ -18,6 +19,7 @@ __all__ = (
     'Stream',
     'Tokens',
     'epoch_order',
+    'from_arrays',
     'load',
     'normalise',
 )

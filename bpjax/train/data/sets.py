@@ -5,7 +5,8 @@ texts that is prepared on this machine, without TensorFlow, a plain text file, o
 makes the examples of a generated task. A set of images of up to 1 GiB is decoded
 once to arrays and kept in one cache file, `<cache_dir>/<name>-<version>.npz`;
 that file is all that a machine without TFDS needs. A larger set, or one whose
-images vary in size, is streamed (`Stream`). Of texts see `bpjax.train.data.text`.
+images vary in size, is streamed (`Stream`). Of texts see `bpjax.train.data.text`,
+of a user's own data `bpjax.train.data.own`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,11 +16,13 @@ from typing import Any, NamedTuple
 
 from bpjax.train.data import decoded
 from bpjax.train.data import generated
+from bpjax.train.data import own
 from bpjax.train.data import prepared
 from bpjax.train.data import preprocessing as preprocessing_lib
 from bpjax.train.data import splits
 from bpjax.train.data import text
 from bpjax.train.data.decoded import Split
+from bpjax.train.data.own import Whole
 from bpjax.train.data.rows import Asked
 from bpjax.train.data.rows import Tokens
 from bpjax.train.data.streaming import epoch_order
@@ -51,6 +54,7 @@ class Dataset(NamedTuple):
     source: one line for the log: what was read, and from where.
     asked: what is asked of texts; None of images, whose class it is.
     tokenizer: the JSON text of the tokeniser of texts, or ''.
+    classes: their names, where they have some.
   """
 
   name: str
@@ -64,15 +68,7 @@ class Dataset(NamedTuple):
   source: str
   asked: Asked | None = None
   tokenizer: str = ''
-
-
-class _Whole(NamedTuple):
-  """A set before examples are held out of train."""
-
-  train: Split | Stream
-  test: Split | Stream
-  num_classes: int
-  source: str
+  classes: tuple[str, ...] = ()
 
 
 def load(
@@ -84,7 +80,7 @@ def load(
     cache_dir: str | os.PathLike | None = None,
     train_examples: int | None = None,
     stream: bool = False,
-    image_size: int = 224,
+    image_size: int = 0,
     preprocessing: str = '',
     zca_epsilon: float = .1,
     tokenizer: str = '',
@@ -92,12 +88,14 @@ def load(
     length: int = 0,
     text_features: Sequence[str] = (),
     dataset_args: Mapping[str, Any] | None = None,
+    trained_tokenizer: str = '',
 ) -> Dataset:
   """Loads a data set by name.
 
   Args:
     name: 'digits' (in scikit-learn's wheel); a name of `generated.names()`; the
-      path of a text file, which ends in '.txt'; or the name of a TFDS set of
+      path of a text file, which ends in '.txt'; the path of own data, or code
+      that returns a Dataset, see `own.load`; or the name of a TFDS set of
       images with classes or of texts, 'name[/config][:version]'.
     data_dir: TFDS data directory; default TFDS_DATA_DIR, else
       ~/tensorflow_datasets.
@@ -110,7 +108,8 @@ def load(
     train_examples: keep only so many of the remaining train examples; None
       for all.
     stream: stream a set that would fit into arrays as well.
-    image_size: height and width of streamed images; arrays keep their own.
+    image_size: height and width that streamed images, and those of one's own,
+      are scaled to; 0: 224 of streamed ones, their own of others.
     preprocessing: '' (none), 'gcn' (global contrast normalisation) or 'gcn_zca'
       (ZCA whitening after it, by the images of `train` alone); see
       `bpjax.train.data.preprocessing`. Whitened images are kept in a cache file.
@@ -120,7 +119,9 @@ def load(
     length: tokens of every row; 0: the default of the task.
     text_features: which texts of an example to read, one or two; none: as the
       set's features say.
-    dataset_args: arguments of a generated task, by name.
+    dataset_args: arguments of a generated task, or of own data, by name.
+    trained_tokenizer: the JSON text of a tokeniser to use in place of training
+      one.
 
   Returns:
     A Dataset of uint8 images and int32 labels, or float16 images where they are
@@ -147,15 +148,29 @@ def load(
     if length:
       arguments['length'] = length
     made = generated.get(name)(**arguments)
-    kept, held_out = splits.hold_out(
+    kept, out = splits.hold_out(
         len(made.train.labels), validation, train_examples)
-    held_out = (
-        made.validation if held_out is None else _select(made.train, held_out))
+    chosen = made.validation if out is None else _select(made.train, out)
     train = made.train if kept is None else _select(made.train, kept)
     return _of_texts(name, text.Loaded(
-        train, held_out, made.test, made.asked, '', made.source))
+        train, chosen, made.test, made.asked, '', made.source))
+  whole = None
   if str(name).endswith('.txt'):
     corpus = text.from_file(name)
+  elif own.is_own(name):
+    read = own.load(
+        name, image_size=image_size, text_features=text_features,
+        arguments=dict(dataset_args or {}), most_bytes=_MAX_DECODED_BYTES)
+    if isinstance(read, Dataset):
+      return held_out(checked(name, read), validation, train_examples)
+    if isinstance(read, text.Corpus):
+      corpus = read
+    elif isinstance(read, Whole):
+      whole = read
+    else:
+      raise ValueError(
+          f'`dataset` {name!r} must return a `bpjax.train.Dataset`, got '
+          f'{type(read).__name__}; make one with `bpjax.train.dataset`.')
   elif name != 'digits':
     found = prepared.find(name, directory, text_features)
     if found is None:
@@ -166,30 +181,103 @@ def load(
     return _of_texts(name, text.load(
         name, corpus, kind=tokenizer, vocabulary=vocabulary, length=length,
         validation=validation, train_examples=train_examples,
-        cache_dir=folder))
-  if name == 'digits':
+        cache_dir=folder, trained=trained_tokenizer))
+  if whole is not None:
+    pass
+  elif name == 'digits':
     if stream:
       raise ValueError(
           "`stream` must be False for 'digits', got True; it is a small array")
     whole = _digits()
   else:
-    whole = _tfds(name, found, directory, folder, stream, image_size)
-  kept, held_out = splits.hold_out(_size(whole.train), validation, train_examples)
-  train = whole.train if kept is None else _select(whole.train, kept)
-  if isinstance(train, Stream):
-    image_shape = train.image_shape
-    mean, std = _imagenet_moments(image_shape[-1])
-  else:
-    image_shape = train.images.shape[1:]
-    mean, std = _moments(train.images)
-  dataset = Dataset(
-      name=name, num_classes=whole.num_classes, image_shape=image_shape,
-      train=train,
-      validation=None if held_out is None else _select(whole.train, held_out),
-      test=whole.test, mean=mean, std=std, source=whole.source)
+    whole = _tfds(name, found, directory, folder, stream, image_size or 224)
+  kept, out = splits.hold_out(_size(whole.train), validation, train_examples)
+  dataset = _described(name, whole._replace(
+      train=whole.train if kept is None else _select(whole.train, kept),
+      validation=(
+          whole.validation if out is None else _select(whole.train, out))))
   if not preprocessing:
     return dataset
   return _preprocessed(dataset, preprocessing, zca_epsilon, folder)
+
+
+def from_arrays(
+    train: tuple[Any, Any], test: tuple[Any, Any],
+    validation: tuple[Any, Any] | None = None, *,
+    classes: Sequence[str] = (), name: str = 'arrays') -> Dataset:
+  """A Dataset of arrays, for `fit` and for functions that return data.
+
+  Args:
+    train: images and labels. Images are `[n, height, width(, channels)]`, uint8
+      or floats, or rows of numbers `[n, features]`, each of which is scaled by
+      itself; labels `[n]` are integers from 0 on, or texts.
+    test: likewise.
+    validation: likewise, or None.
+    classes: names of the classes.
+    name: of the set.
+
+  Raises:
+    ValueError: for arrays of other shapes or kinds.
+
+  Example:
+    >>> x, y = np.random.rand(90, 5), np.arange(90) % 3
+    >>> data = from_arrays((x[:60], y[:60]), (x[60:], y[60:]))
+    >>> data.num_classes, data.image_shape
+    (3, (1, 1, 5))
+  """
+  arrays = {'train': train, 'test': test}
+  if validation is not None:
+    arrays['validation'] = validation
+  return _described(name, own.from_arrays(name, arrays, name, classes))
+
+
+def checked(name: str, dataset: Dataset) -> Dataset:
+  """A Dataset that somebody else has made, if its parts fit together.
+
+  Raises:
+    ValueError: if they do not.
+  """
+  for part in ('train', 'test', 'validation'):
+    split = getattr(dataset, part)
+    if split is None and part == 'validation' or isinstance(split, Stream):
+      continue
+    if not isinstance(split, (Split, Tokens)):
+      raise ValueError(
+          f'`{part}` of `dataset` {name!r} must be a Split, Tokens or a Stream, '
+          f'got {type(split).__name__}; make it with `bpjax.train.dataset`.')
+    labels = np.asarray(split.labels)
+    if not len(labels) or labels.dtype.kind != 'i' or (
+        labels.max() >= dataset.num_classes):
+      raise ValueError(
+          f'labels of `{part}` of `dataset` {name!r} must be integers below '
+          f'{dataset.num_classes}, and one at least; mend them.')
+  return dataset
+
+
+def held_out(
+    dataset: Dataset, validation: int, train_examples: int | None) -> Dataset:
+  """A Dataset without some training examples; its own validation else."""
+  kept, out = splits.hold_out(
+      _size(dataset.train), validation, train_examples)
+  if out is not None:
+    dataset = dataset._replace(validation=_select(dataset.train, out))
+  if kept is not None:
+    dataset = dataset._replace(train=_select(dataset.train, kept))
+  return dataset
+
+
+def _described(name: str, whole: Whole) -> Dataset:
+  """A set with the moments of its training images."""
+  if isinstance(whole.train, Stream):
+    image_shape = whole.train.image_shape
+    mean, std = _imagenet_moments(image_shape[-1])
+  else:
+    image_shape = whole.train.images.shape[1:]
+    mean, std = _moments(whole.train.images)
+  return Dataset(
+      name=name, num_classes=whole.num_classes, image_shape=image_shape,
+      train=whole.train, validation=whole.validation, test=whole.test,
+      mean=mean, std=std, source=whole.source, classes=whole.classes)
 
 
 def _of_texts(name: str, loaded: text.Loaded) -> Dataset:
@@ -229,14 +317,16 @@ def normalise(images: Any, mean: Any, std: Any) -> Any:
     float32, in the shape of `images`.
 
   Example:
-    >>> x = normalise(dataset.test.images, dataset.mean, dataset.std)
+    >>> data = load('digits')
+    >>> normalise(data.test.images, data.mean, data.std).dtype.name
+    'float32'
   """
   white = np.float32(
       1 if np.issubdtype(images.dtype, np.floating) else 255)
   return (images.astype(np.float32) / white - mean) / std
 
 
-def _digits() -> _Whole:
+def _digits() -> Whole:
   """scikit-learn's 1,797 digits; the last 360 of a fixed order are test."""
   datasets = prepared.require('sklearn.datasets', "reading 'digits'")
   images, labels = datasets.load_digits(return_X_y=True)
@@ -244,13 +334,13 @@ def _digits() -> _Whole:
   images = np.rint(images[order] * (255 / 16)).astype(np.uint8)
   images = images.reshape(-1, 8, 8, 1)
   labels = labels[order].astype(np.int32)
-  return _Whole(
+  return Whole(
       train=Split(images[:-_DIGITS_TEST], labels[:-_DIGITS_TEST]),
       test=Split(images[-_DIGITS_TEST:], labels[-_DIGITS_TEST:]),
       num_classes=10, source='digits from scikit-learn')
 
 
-def _tfds(name, found, directory, cache_dir, stream, image_size) -> _Whole:
+def _tfds(name, found, directory, cache_dir, stream, image_size) -> Whole:
   """A TFDS set of images: from its cache file, else from its prepared folder."""
   if found is None:
     path = None if stream else decoded.newest_cache(name, cache_dir)
@@ -267,7 +357,7 @@ def _tfds(name, found, directory, cache_dir, stream, image_size) -> _Whole:
     return _from_cache(name, cached, path)
   cached = decoded.decode(found)
   decoded.write_cache(path, cached)
-  return _Whole(
+  return Whole(
       cached.train, cached.test, cached.num_classes,
       f'{found.name} {found.version} ({cached.encoding} images) decoded from '
       f'{found.path}')
@@ -287,22 +377,22 @@ def _fits(found: prepared.Prepared) -> bool:
   return examples * int(np.prod(found.image_shape)) <= _MAX_DECODED_BYTES
 
 
-def _streamed(found: prepared.Prepared, image_size: int) -> _Whole:
+def _streamed(found: prepared.Prepared, image_size: int) -> Whole:
   splits = [
       ImageStream(
           prepared.Examples(found, split), num_classes=found.num_classes,
           image_size=image_size, channels=found.channels)
       for split in ('train', found.test)]
-  return _Whole(
+  return Whole(
       *splits, found.num_classes,
       f'{found.name} {found.version} streamed from {found.path}')
 
 
 def _from_cache(
-    name: str, cached: decoded.Decoded, path: pathlib.Path) -> _Whole:
+    name: str, cached: decoded.Decoded, path: pathlib.Path) -> Whole:
   for split, which in ((cached.train, 'train'), (cached.test, 'test')):
     decoded.check_labels(split.labels, cached.num_classes, f'{name} {which}')
-  return _Whole(
+  return Whole(
       cached.train, cached.test, cached.num_classes,
       f'{path.stem} ({cached.encoding} images) from the cache file {path}')
 
@@ -319,7 +409,12 @@ def _select(split: Split | Stream, positions: np.ndarray) -> Split | Stream:
 
 
 def _moments(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Mean and standard deviation `[channels]` of images scaled to [0, 1]."""
+  """Mean and standard deviation `[channels]`, of bytes scaled to [0, 1]."""
+  if images.dtype != np.uint8:
+    pixels = images.reshape(-1, images.shape[-1])
+    std = pixels.std(0, dtype=np.float64)
+    return (pixels.mean(0, dtype=np.float64).astype(np.float32),
+            np.where(std > 0, std, 1.).astype(np.float32))
   # In pieces: a float copy of a set at the size limit would take 8 GiB.
   total, squares = 0, 0
   for start in range(0, len(images), _CHUNK):

@@ -160,8 +160,8 @@ def from_file(name: str) -> Corpus:
 
 def load(
     name: str, corpus: Corpus, *, kind: str, vocabulary: int, length: int,
-    validation: int, train_examples: int | None, cache_dir: pathlib.Path
-) -> Loaded:
+    validation: int, train_examples: int | None, cache_dir: pathlib.Path,
+    trained: str = '') -> Loaded:
   """Tokenises a set of texts.
 
   The tokeniser is trained on the training texts alone, without those that are
@@ -177,6 +177,7 @@ def load(
     validation: number of texts to hold out of train.
     train_examples: keep only so many of the others; None for all.
     cache_dir: folder of the cache file.
+    trained: the JSON text of a tokeniser to use in place of training one.
 
   Raises:
     ValueError: for an unknown tokeniser, a vocabulary or a length that is too
@@ -201,6 +202,10 @@ def load(
         'a larger one.')
   texts = _some(parts['train'])
   settings = (kind, vocabulary, length, language, tokenizer_lib.SPECIAL)
+  if trained:
+    settings += (trained,)
+  train = lambda: trained or tokenizer_lib.train(
+      kind, texts, vocabulary, None if language else length)
   if isinstance(parts['train'], Texts):
     stem = pathlib.Path(name).stem if name.endswith('.txt') else name
     path = cache_dir / (
@@ -208,18 +213,14 @@ def load(
         f'{_digest(settings, parts)}.npz')
     arrays = decoded.read_arrays(path, dict)
     if arrays is None:
-      arrays = _tokenised(
-          parts, tokenizer_lib.train(
-              kind, texts, vocabulary, None if language else length),
-          length, language)
+      arrays = _tokenised(parts, train(), length, language)
       decoded.write_arrays(path, arrays)
     text = str(arrays['tokenizer'])
     rows = {key: Tokens(*(
         arrays.get(f'{key}_{field}') for field in Tokens._fields))
             for key in parts}
   else:
-    text = tokenizer_lib.train(
-        kind, texts, vocabulary, None if language else length)
+    text = train()
     rows = {key: TextStream(
         part, text, length=length, num_classes=corpus.num_classes)
             for key, part in parts.items()}

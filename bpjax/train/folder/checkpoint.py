@@ -115,6 +115,23 @@ class Checkpoints:
     """
     return self._newest(like, records)
 
+  def peek(self, like: Any) -> tuple[int, Any] | None:
+    """As `restore`, and changes nothing: for who reads the run of another."""
+    problem = ''
+    for step in self._steps()[0]:
+      problem, state = self._read(step, like, '')
+      if not problem:
+        return step, state
+    if problem:
+      raise ValueError(
+          f'no checkpoint in {self._directory} can be used; the oldest '
+          f'{problem}.')
+    return None
+
+  def holds(self, step: int) -> bool:
+    """Whether there is a checkpoint of that step."""
+    return os.path.isdir(self._path(step))
+
   def wait(self) -> None:
     """Waits until everything is written.
 

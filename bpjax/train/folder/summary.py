@@ -31,7 +31,9 @@ def summarise(
     split = split.select(np.arange(min(len(split), _STREAMED_TRAIN_EXAMPLES)))
   measured = run_lib.evaluate(run, state, split)
   first_loss = run_lib.evaluate(run, run.programs['init'](), split)['loss']
-  last = [m for m in run.folder.metrics() if m['step'] == run.total_steps]
+  steps = int(state.step)  # Fewer than all where it was stopped early.
+  lines = run.folder.metrics()
+  last = [m for m in lines if m['step'] == steps]
   results = {f'train_{name}': value for name, value in measured.items()} | {
       'first_train_loss': first_loss,
       # Also where one of them is not a number.
@@ -43,7 +45,8 @@ def summarise(
   device = run.learner.mesh.devices.flat[0]
   return dict(sorted(results.items(), reverse=True)) | {
       'rule': run.config.rule, 'seed': run.config.seed,
-      'epochs': run.config.epochs, 'steps': run.total_steps,
+      'epochs': run.config.epochs, 'steps': steps,
+      'best': run_lib.best(run, lines),
       'parameter_count': _count(state.params),
       'feedback_count': _count(state.feedback),
       'median_step_time': float(np.median(seconds)) if seconds else None,

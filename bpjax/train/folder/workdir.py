@@ -63,8 +63,12 @@ class Workdir:
   A folder that was made, and is not claimed, is removed again.
   """
 
-  def __init__(self, path: str):
+  def __init__(self, path: str, quiet: bool = False):
     """Makes the folder, and holds it against other processes.
+
+    Args:
+      path: of the folder.
+      quiet: write to the log alone, and nothing to stderr.
 
     Raises:
       ValueError: if nothing can be written there, or another process runs in
@@ -76,7 +80,9 @@ class Workdir:
           'runs/digits.')
     self.path = os.path.abspath(os.path.expanduser(path))
     self._stderr = streams.Forgiving('stderr')
-    self.console = rich.console.Console(file=self._stderr, highlight=False)
+    self.console = rich.console.Console(
+        file=self._stderr, highlight=False, quiet=quiet)
+    self._quiet = quiet
     self._recorded = hashlib.blake2b(digest_size=16)
     self._made = []
     try:
@@ -105,6 +111,11 @@ class Workdir:
     """The folder of the checkpoints."""
     return self._file('checkpoints')
 
+  @property
+  def best(self) -> str:
+    """The folder of the best epoch's checkpoint."""
+    return self._file('best')
+
   def check(self, config: Mapping[str, Any]) -> None:
     """Raises ValueError if the folder holds a run with another config."""
     held = _read_json(self._file(_CONFIG))
@@ -118,6 +129,8 @@ class Workdir:
       return
     # A field that is newer than the run was at its default.
     held = config_lib.to_json(config_lib.default()) | held
+    if config_lib.goes_on(held, config):
+      return
     difference = config_lib.difference(held, config)
     if difference:
       raise ValueError(
@@ -164,9 +177,20 @@ class Workdir:
       self, config: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
     """Makes this the folder of a run that `check` allowed.
 
+    Where that goes on for more epochs, the summary of the shorter run keeps its
+    number of epochs in its name.
+
     Raises:
       DiskError: if it cannot be written.
     """
+    held = _read_json(self._file(_CONFIG)) or {}
+    longer = held.get('epochs', config['epochs']) != config['epochs']
+    if longer and os.path.lexists(self._file(_SUMMARY)):
+      with disk(f'{self._file(_SUMMARY)} cannot be renamed'):
+        os.replace(self._file(_SUMMARY),
+                   self._file(f'summary.{held["epochs"]}_epochs.json'))
+    if longer:
+      self._write(_CONFIG, _pretty(config))
     # The config comes last: a folder without it is nobody's.
     for name, value in ((_ENVIRONMENT, environment), (_CONFIG, config)):
       if not os.path.lexists(self._file(name)):
@@ -176,7 +200,7 @@ class Workdir:
   @property
   def identity(self) -> str:
     """A hash of the config that the run began with."""
-    return _config_hash(self.path)
+    return identity(self.path)
 
   def keep(self, name: str, text: str) -> None:
     """Keeps a text that a run has to find again when it goes on.
@@ -261,7 +285,9 @@ class Workdir:
     A stderr that cannot be written to does not stop a run; the log says so.
     """
     failed = self._stderr.failure
-    if self.console.is_terminal:
+    if self._quiet:
+      pass
+    elif self.console.is_terminal:
       self.console.print(
           streams.printable(message), markup=False, soft_wrap=True)
     else:
@@ -541,16 +567,21 @@ def _digest(folder, summary):
   """
   summary = {k: v for k, v in summary.items() if k not in _TIMES}
   digest = hashlib.blake2b(_hash(summary).encode(), digest_size=16)
-  digest.update(_config_hash(folder).encode())
+  digest.update(identity(folder).encode())
   with disk(f'{_METRICS} cannot be read'), open(
       os.path.join(folder, _METRICS), 'rb') as file:
     digest.update(file.read())
   return digest.hexdigest()
 
 
-def _config_hash(folder):
-  """A hash of all fields that are not at their default, as newer ones are."""
+def identity(folder: str) -> str:
+  """A hash of all fields that are not at their default, as newer ones are.
+
+  Without the epochs where a run goes on when they are raised.
+  """
   held = _read_json(os.path.join(folder, _CONFIG)) or {}
+  if held.get('schedule') not in config_lib.OF_THE_TOTAL:
+    held.pop('epochs', None)
   default = config_lib.to_json(config_lib.default())
   return _hash({
       k: v for k, v in held.items() if k not in default or default[k] != v})

@@ -15,17 +15,17 @@ import json
 import time
 
 from bpjax.train import config as config_lib
-from bpjax.train.folder import checkpoint
 from bpjax.train.folder import environment
 from bpjax.train.folder import streams
 from bpjax.train.folder import summary as summary_lib
 from bpjax.train.folder import workdir as workdir_lib
 from bpjax.train.loop import progress
 from bpjax.train.loop import run as run_lib
+from bpjax.train.loop import step as step_lib
 import ml_collections
 
 
-class _Refused(Exception):
+class _Refused(ValueError):
   """What was asked for cannot be done; a ValueError raised later is a bug."""
 
 
@@ -57,7 +57,7 @@ def launch(
       with _refusing():
         folder = stack.enter_context(workdir_lib.Workdir(workdir))
       complain, stopper.say = folder.complain, folder.urgent
-      _finish(config, folder, stopper, begin)
+      finish(config, folder, stopper, begin)
       if not quiet:
         failure = streams.put(
             'stdout', json.dumps(folder.summary(), indent=2))
@@ -88,13 +88,28 @@ def _refusing():
     raise _Refused(str(error)) from error
 
 
-def _finish(config, folder, stopper, begin):
-  """Does what is left of a run; nothing where it is finished."""
+def finish(
+    config: ml_collections.ConfigDict, folder: workdir_lib.Workdir,
+    stopper: progress.Stopper, begin: float,
+    given: run_lib.Given = run_lib.Given()
+) -> tuple[run_lib.Run, step_lib.TrainState] | None:
+  """Does what is left of a run; nothing, and None, where it is finished.
+
+  Args:
+    config: the run's.
+    folder: the run's.
+    stopper: says whether a signal came.
+    begin: `time.perf_counter` of when the command began.
+    given: what the config does not name.
+
+  Raises:
+    ValueError: for what cannot work, before anything is written.
+  """
   with contextlib.ExitStack() as stack:
     with _refusing():
-      ready = _prepare(config, folder, stack)
+      ready = _prepare(config, folder, stack, given)
     if ready is None:
-      return
+      return None
     run, checkpoints, state, step = ready
     state, seconds = run_lib.train(run, checkpoints, state, step, stopper)
   summary = summary_lib.summarise(
@@ -107,17 +122,19 @@ def _finish(config, folder, stopper, begin):
       f'finished, but diverged: the train loss is {summary["train_loss"]:.4g}, '
       f'and was {summary["first_train_loss"]:.4g} before the first step; '
       f'{accuracies}; try a smaller `learning_rate`, or `clip_norm`'))
+  return run, state
 
 
-def _prepare(config, folder, stack):
+def _prepare(config, folder, stack, given):
   """What training needs; None for a run that is finished."""
   values = config_lib.to_json(config)
   folder.check(values)
   folder.check_environment(environment.settings())
-  if folder.summary() is not None:
+  summary = folder.summary()
+  if summary is not None and summary['epochs'] == config.epochs:
     folder.log(f'{folder.path} is finished; nothing to do')
     return None
-  run = run_lib.setup(config, folder)
+  run = run_lib.setup(config, folder, given)
   surroundings = environment.describe(run.dataset)
   folder.check_environment(surroundings)
   folder.claim(values, surroundings)
@@ -126,7 +143,5 @@ def _prepare(config, folder, stack):
   folder.log(run.dataset.source)
   for unit, rule in run.units.items():
     folder.log(f'{unit}: {rule}')
-  checkpoints = stack.enter_context(checkpoint.Checkpoints(
-      folder.checkpoints, config.keep_checkpoints, warn=folder.warn,
-      identity=folder.identity))
+  checkpoints = stack.enter_context(run_lib.checkpoints(run))
   return run, checkpoints, *run_lib.start(run, checkpoints)

@@ -8,17 +8,18 @@ are cut into calls.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import dataclasses
 import functools
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import bpjax
 from bpjax import paths
 from bpjax.train import config as config_lib
 from bpjax.train import data as data_lib
+from bpjax.train import named
 from bpjax.train.data import augment as augment_lib
 from bpjax.train.data import feed as feed_lib
 from bpjax.train.data import generated
@@ -29,6 +30,8 @@ from bpjax.train.loop import optimizer
 from bpjax.train.loop import progress as progress_lib
 from bpjax.train.loop import step as step_lib
 from bpjax.train.loop import tasks
+from flax import linen as nn
+from flax import nnx
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
@@ -41,12 +44,30 @@ _SECONDS_PER_CALL = 1.  # At most, where a step takes less: likewise.
 _CPU_FLOPS_PER_CALL = 2e10  # Under a second on one core.
 # Fields that mean nothing for the other kind of data.
 _OF_IMAGES = (
-    'preprocessing', 'augment', 'input_noise', 'pixel_mean', 'pixel_std')
+    'preprocessing', 'augment', 'input_noise', 'pixel_mean', 'pixel_std',
+    'image_size')
 _OF_TEXTS = ('tokenizer', 'vocabulary', 'length', 'text_features')
 
 
 class NonFiniteError(Exception):
   """A loss, a weight or feedback became infinite or NaN."""
+
+
+class Given(NamedTuple):
+  """What a caller hands over as it is, in place of what the config names.
+
+  Attributes:
+    net: the network.
+    rule: the rule.
+    loss: `(output, labels) -> per-example losses`.
+    dataset: the data.
+    metrics: name -> `(output, labels) -> a number an example`.
+  """
+  net: Any = None
+  rule: Any = None
+  loss: Callable[..., Any] | None = None
+  dataset: data_lib.Dataset | None = None
+  metrics: Mapping[str, Callable[..., Any]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +127,9 @@ class Run:
     return min(self.most, *(n - step % n for n in every if n))
 
 
-def make(config: ml_collections.ConfigDict) -> tuple[Any, ...]:
+def make(
+    config: ml_collections.ConfigDict, given: Given = Given()
+) -> tuple[Any, ...]:
   """The data, the learner, the batches and the shapes of the train state.
 
   Nothing is compiled: what a run refuses, it refuses here.
@@ -115,53 +138,74 @@ def make(config: ml_collections.ConfigDict) -> tuple[Any, ...]:
     ValueError: with one sentence that says what to change.
   """
   config_lib.check(config)
-  rule = _rule(config)
+  rule = given.rule or _rule(config)
   if config.bottleneck:
     rule = bpjax.bottleneck(rule, dict(config.bottleneck), config.seed)
-  make_model = bpjax.models.get(config.model)
-  model_args = config_lib.arguments(make_model, config, 'model_args')
+  if given.net is None and not named.is_code(config.model):
+    # Before the data are read, which may take long.
+    config_lib.arguments(
+        bpjax.models.get(config.model), config, 'model_args')
   mesh = devices.make_mesh(config.mesh.to_dict(), config.batch_size)
-  if config.dataset in generated.names():
-    config_lib.arguments(generated.get(config.dataset), config, 'dataset_args')
-  dataset = data_lib.load(
-      config.dataset, config.data_dir or None, validation=config.validation,
-      seed=config.seed, train_examples=config.train_examples or None,
-      preprocessing=config.preprocessing, zca_epsilon=config.zca_epsilon,
-      tokenizer=config.tokenizer, vocabulary=config.vocabulary,
-      length=config.length, text_features=config.text_features,
-      dataset_args=config.dataset_args.to_dict())
+  dataset = _held_out(given.dataset, config) or load(config)
   task = _task(config, dataset)
   feed = feed_lib.make(dataset.train, config.batch_size, config.seed, mesh)
-  net = bpjax.from_linen(
-      _model(config, make_model, task, model_args),
-      is_unit=functools.partial(_is_unit, tuple(config.units)),
-      boundaries=config.boundaries)
+  net = given.net or _net(config, task)
   like = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), feed.fixed_batch)
   outputs = _check_labels(config, net, dataset, task, like)
   _check_units(net, config.units)
+  loss = given.loss or _loss(config)
   learner = step_lib.Learner(
-      net=net, rule=rule, loss=tasks.loss_function(config.loss, outputs),
+      net=net, rule=rule,
+      loss=tasks.loss_function(
+          loss, outputs, config.label_smoothing, config.class_weights),
+      measured=tasks.loss_function(loss, outputs),
+      metrics=(
+          _metrics(config) if given.metrics is None else given.metrics),
       reduction=_reduction(config),
       tx=optimizer.build(config, feed.steps_per_epoch), task=task, like=like,
       seed=config.seed, mesh=mesh, dtype=config.dtype,
       mirror_every=config.mirror_every, mirror_first=config.mirror_first,
       examples=_particles(config, dataset), input_noise=config.input_noise,
-      augment=_augment(config),
+      ema=config.ema, augment=_augment(config),
       views=2 if config.augment == 'contrastive' else 1)
+  known = ('loss', 'accuracy', *learner.metrics)
+  if (config.early_stopping or config.keep_best) and (
+      config.monitor not in known):
+    raise ValueError(
+        f'`monitor` must be one of {", ".join(known)}, got {config.monitor!r}.')
   like = _placed(jax.eval_shape(learner.init), learner, config)
   batch = _alignment_batch(config, dataset, feed, mesh)
   return dataset, learner, feed, batch, like
 
 
+def load(config: ml_collections.ConfigDict) -> data_lib.Dataset:
+  """The data set that a config asks for.
+
+  Raises:
+    ValueError: with one sentence that says what to change.
+  """
+  if config.dataset in generated.names():
+    config_lib.arguments(generated.get(config.dataset), config, 'dataset_args')
+  return data_lib.load(
+      config.dataset, config.data_dir or None, validation=config.validation,
+      seed=config.seed, train_examples=config.train_examples or None,
+      image_size=config.image_size, preprocessing=config.preprocessing,
+      zca_epsilon=config.zca_epsilon, tokenizer=config.tokenizer,
+      vocabulary=config.vocabulary, length=config.length,
+      text_features=config.text_features,
+      dataset_args=config.dataset_args.to_dict())
+
+
 def setup(
-    config: ml_collections.ConfigDict, folder: workdir_lib.Workdir) -> Run:
+    config: ml_collections.ConfigDict, folder: workdir_lib.Workdir,
+    given: Given = Given()) -> Run:
   """Makes everything ready, and refuses whatever cannot work.
 
   Raises:
     ValueError: with one sentence that says what to change.
   """
-  dataset, learner, feed, batch, like = make(config)
+  dataset, learner, feed, batch, like = make(config, given)
   most, programs = _compile(config, learner, feed, like)
   return Run(
       config, folder, dataset, learner, feed, batch, like, learner.units(),
@@ -169,12 +213,13 @@ def setup(
 
 
 def start(
-    run: Run, checkpoints: checkpoint.Checkpoints
+    run: Run, checkpoints: checkpoint.Checkpoints, cut: bool = True
 ) -> tuple[step_lib.TrainState, int]:
   """The state to go on from and its step: the last whole checkpoint's, or new.
 
   A checkpoint counts on the lines of the metrics before it. Those of its own
-  step and after it, which the run is going to write again, are removed.
+  step and after it, which the run is going to write again, are removed, unless
+  `cut` is False: of a finished run.
 
   Raises:
     ValueError: if there are checkpoints, but none that can be used.
@@ -182,6 +227,8 @@ def start(
   restored = checkpoints.restore(run.like, run.folder.recorded_before)
   if restored is not None:
     step, state = restored
+    if not cut:
+      return state, step
     run.folder.cut_metrics(step)
     run.folder.log(f'going on from step {step} of {run.total_steps}')
     return state, step
@@ -227,19 +274,22 @@ def train(
       # What is saved is the state before its report: whoever goes on from there
       # makes the report again, so that a report may be broken off.
       saved = step == begin
+      ends = step % run.feed.steps_per_epoch == 0
       if not saved and (
           stopper.asked or step == run.total_steps
+          or ends and run.config.early_stopping
           or run.is_due('checkpoint_every', step)):
         _save(run, checkpoints, state, step)
         saved = True
       try:
         stopper.check()
         state = _report(run, state, step, progress.speed(), stopper.check)
+        stops = _judge(run, state, step)
       except progress_lib.Interrupted:
         if not saved:
           _save(run, checkpoints, state, step)
         raise
-      if step == run.total_steps:
+      if step == run.total_steps or stops:
         return state, seconds[1:] or seconds
       count = pace.limit(run.next_call(step))
       with pace.of(count):
@@ -247,6 +297,59 @@ def train(
       seconds.append(pace.seconds)
       step += count
       progress.advance(count)
+
+
+def checkpoints(run: Run) -> checkpoint.Checkpoints:
+  """Those of a run, to be used as a context manager."""
+  return checkpoint.Checkpoints(
+      run.folder.checkpoints, run.config.keep_checkpoints,
+      warn=run.folder.warn, identity=run.folder.identity)
+
+
+def best_checkpoints(run: Run) -> checkpoint.Checkpoints:
+  """The one of the best epoch, likewise."""
+  return checkpoint.Checkpoints(
+      run.folder.best, keep=1, warn=run.folder.warn,
+      identity=run.folder.identity)
+
+
+def best(
+    run: Run, lines: list[dict[str, Any]]) -> dict[str, Any] | None:
+  """Step, epoch and value of the best epoch by `monitor`; None without one.
+
+  Of equal ones the first. A value that is no number is never the best.
+  """
+  name = run.config.monitor
+  known = [line for line in lines if line['split'] == 'validation'
+           and line.get(name) is not None]
+  if not known:
+    return None
+  choose = min if name == 'loss' else max
+  line = choose(known, key=lambda line: line[name])
+  return {'step': line['step'], 'epoch': line['epoch'], name: line[name]}
+
+
+def _judge(run, state, step):
+  """Keeps the best epoch; whether the run is to end here."""
+  patience = run.config.early_stopping
+  if 'validation' not in run.reports(step) or not (
+      patience or run.config.keep_best):
+    return False
+  found = best(run, run.folder.metrics())
+  if found is None:
+    return False
+  if found['step'] == step and run.config.keep_best:
+    with best_checkpoints(run) as keeper:
+      if not keeper.holds(step):
+        keeper.save(step, state)
+  epochs = (step - found['step']) // run.feed.steps_per_epoch
+  if patience and epochs >= patience and step < run.total_steps:
+    run.folder.log(
+        f'stopped early: no better {run.config.monitor} of the validation '
+        f'examples in {epochs} epochs; the best was {found[run.config.monitor]:.4f} '
+        f'after epoch {found["epoch"]}')
+    return True
+  return False
 
 
 @contextlib.contextmanager
@@ -297,37 +400,63 @@ def evaluate(
   sums = []
   for batch in batches:
     sums.append(run.programs['evaluate'](
-        state.params, state.model_state, *batch))
+        step_lib.evaluated(state), state.model_state, *batch))
     jax.block_until_ready(sums[-2:][0])  # One more is under way.
     check()
-  total = np.sum(np.asarray(jax.device_get(sums), np.float64), axis=0)
-  return run.learner.task.metrics(tasks.Sums(*total))
+  total = jax.tree.map(
+      lambda *x: np.sum(np.asarray(x, np.float64)), *jax.device_get(sums))
+  return run.learner.task.metrics(total)
+
+
+def _held_out(dataset, config):
+  """A data set that was handed over, as `validation` and the like ask."""
+  if dataset is None:
+    return None
+  return data_lib.sets.held_out(
+      data_lib.sets.checked(dataset.name, dataset), config.validation,
+      config.train_examples or None)
 
 
 def _rule(config):
   """The rule of the config, or rules by path with it for what is left."""
   if config.rule in bpjax.variants.names():
     return _variant(config)
-  if config.rule not in bpjax.rules.names():
+  if not named.is_code(config.rule) and config.rule not in bpjax.rules.names():
     known = [*bpjax.rules.names(), *bpjax.variants.names()]
     raise ValueError(
         '`rule` must be the name of a learning rule or of a variant, got '
-        f'{config.rule!r}; {paths.nearest(config.rule, known)}.')
+        f'{config.rule!r}; {paths.nearest(config.rule, known)}; or '
+        f'{named.HOW}.')
   if config.augment == 'contrastive':
     raise ValueError(
         "`augment` must not be 'contrastive' with a rule that learns labels, "
         f'got {config.rule!r}; take one of {", ".join(bpjax.variants.names())}.')
-  make = bpjax.rules.get(config.rule)
-  rule = make(**config_lib.arguments(make, config, 'rule_args'))
+  rule = _made_rule(
+      'rule', config.rule, config.rule_args.to_dict(), 'rule_args')
   if not config.rule_by_path:
     return rule
   rules = {}  # The first that matches a unit wins.
   for pattern, name, given in config.rule_by_path:
-    make = bpjax.rules.get(name)
-    rules[pattern] = make(
-        **config_lib.checked(make, given, f'rule_by_path[{pattern!r}]'))
+    rules[pattern] = _made_rule(
+        f'rule_by_path[{pattern!r}]', name, given, f'rule_by_path[{pattern!r}]')
   rules.setdefault('*', rule)
   return bpjax.rules.by_path(rules)
+
+
+def _made_rule(field, name, given, where):
+  """A rule by name, or one of the user's own."""
+  if not named.is_code(name):
+    make = bpjax.rules.get(name)
+    return make(**config_lib.checked(make, given, where))
+  make = named.find(field, name)
+  if callable(make):
+    config_lib.checked(make, given, where)
+  rule = named.called(field, name, make, **given)
+  if not hasattr(rule, 'value_and_grad'):
+    raise ValueError(
+        f'`{field}` {name!r} must return a rule, such as '
+        f'`bpjax.engines.Base`, got {type(rule).__name__}.')
+  return rule
 
 
 def _variant(config):
@@ -352,8 +481,25 @@ def _augment(config):
   """What a step does to its images, or None."""
   if not config.augment:
     return None
+  if named.is_code(config.augment):
+    function = named.find('augment', config.augment)
+    return functools.partial(
+        function, **config_lib.arguments(function, config, 'augment_args'))
   make = augment_lib.AUGMENTS[config.augment]
   return make(**config_lib.arguments(make, config, 'augment_args'))
+
+
+def _loss(config):
+  """The name of a loss, or one of the user's own."""
+  if named.is_code(config.loss):
+    return named.find('loss', config.loss)
+  return config.loss
+
+
+def _metrics(config):
+  """Name -> a number an example, of the user's own."""
+  return {text.rpartition(':')[2]: named.find(f'metrics[{i}]', text)
+          for i, text in enumerate(config.metrics)}
 
 
 def _task(config, dataset):
@@ -366,33 +512,78 @@ def _task(config, dataset):
       raise ValueError(
           f'`{field}` means nothing for `dataset` {dataset.name!r}, which is one '
           f'of {kind}, got {config[field]!r}; leave it out.')
+  for field in ('early_stopping', 'keep_best'):
+    if config[field] and dataset.validation is None:
+      raise ValueError(
+          f'`{field}` needs validation examples, and `dataset` '
+          f'{dataset.name!r} has none; set `validation`.')
   if config.schedule == 'plateau' and dataset.validation is None:
     raise ValueError(
         "`schedule='plateau'` needs validation examples, and `dataset` "
         f'{dataset.name!r} has none; set `validation`.')
   if dataset.asked is not None:
+    if config.class_weights:
+      raise ValueError(
+          '`class_weights` are of images, and `dataset` '
+          f'{dataset.name!r} is one of texts; leave them out.')
     if dataset.asked.each_token and config.loss == 'squared_error':
       raise ValueError(
           "`loss` must not be 'squared_error' where every token is predicted; "
           "use 'cross_entropy'.")
     return tasks.Text(dataset.asked)
+  if config.class_weights and len(config.class_weights) != dataset.num_classes:
+    raise ValueError(
+        f'`class_weights` must hold one number for each of the '
+        f'{dataset.num_classes} classes, got {len(config.class_weights)}.')
   return tasks.Images(
-      dataset.num_classes, _pixels(config, 'pixel_mean', dataset.mean),
+      dataset.num_classes, dataset.image_shape, _pixels(config, 'pixel_mean', dataset.mean),
       _pixels(config, 'pixel_std', dataset.std))
 
 
-def _model(config, make_model, task, given):
-  """The model, told what it has to know of the task."""
-  known = bpjax.inputs.names(make_model)
-  model = make_model(
-      **{k: v for k, v in task.facts.items() if k in known} | given)
-  reads = (
-      'tokens' if 'tokens' in bpjax.inputs.names(model.__call__) else 'images')
-  if reads != task.reads:
+def _net(config, task):
+  """The network of the model that the config names."""
+  own = named.is_code(config.model)
+  make = (
+      named.find('model', config.model) if own
+      else bpjax.models.get(config.model))
+  if not callable(make):
     raise ValueError(
-        f'`model` {config.model!r} reads {reads}, and `dataset` '
-        f'{config.dataset!r} is one of {task.reads}; choose another of the two.')
-  return model
+        f'`model` {config.model!r} must be a class, or a function that makes a '
+        f'model, got {type(make).__name__}.')
+  given = config_lib.arguments(make, config, 'model_args')
+  facts = dict(task.facts)
+  if own:
+    facts['rngs'] = nnx.Rngs(config.seed)
+  known = config_lib.parameters(make)
+  arguments = {k: v for k, v in facts.items() if k in known} | given
+  model = (
+      named.called('model', config.model, make, **arguments) if own
+      else make(**arguments))
+  options = {'boundaries': config.boundaries}
+  if isinstance(model, nnx.Module):
+    if config.units:
+      raise ValueError(
+          '`units` chooses modules of linen models, and `model` '
+          f'{config.model!r} is one of NNX; leave it empty, or return '
+          '`bpjax.from_nnx(model, is_unit=...)`.')
+    return bpjax.from_nnx(model, **options)
+  if isinstance(model, nn.Module):
+    reads = (
+        'tokens' if 'tokens' in bpjax.inputs.names(model.__call__)
+        else 'images')
+    if reads != task.reads and not own:
+      raise ValueError(
+          f'`model` {config.model!r} reads {reads}, and `dataset` '
+          f'{config.dataset!r} is one of {task.reads}; choose another of the '
+          'two.')
+    return bpjax.from_linen(
+        model, is_unit=functools.partial(_is_unit, tuple(config.units)),
+        **options)
+  if hasattr(model, 'apply') and hasattr(model, 'survey'):
+    return model
+  raise ValueError(
+      f'`model` {config.model!r} must make a linen or NNX module, or a network '
+      f'of `bpjax.from_function`, got {type(model).__name__}.')
 
 
 def _is_unit(globs, module):
@@ -455,8 +646,15 @@ def _reduction(config):
 def _check_labels(config, net, dataset, task, like):
   """The number of the model's outputs, which every label has to be below."""
   zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
-  output = jax.eval_shape(lambda: net.apply(
+  run = lambda: jax.eval_shape(lambda: net.apply(
       net.init(jax.random.key(0), task.inputs(zeros())), task.inputs(zeros())))
+  output = (
+      named.called('model', config.model, run) if named.is_code(config.model)
+      else run())
+  if not hasattr(output, 'shape'):
+    raise ValueError(
+        f'`model` {config.model!r} must return one array of outputs, got '
+        f'{type(output).__name__}; return the logits alone.')
   if output.shape[:-1] != like.labels.shape:
     kinds = {1: 'one answer an example', 2: 'one answer a token'}
     wanted, got = (
@@ -514,7 +712,7 @@ def _compile(config, learner, feed, like):
       'init': jax.jit(learner.init, out_shardings=places).lower().compile(),
       'steps': lower(most).compile(),
       'evaluate': jax.jit(learner.evaluate).lower(
-          like.params, like.model_state, rows(size), mask).compile(),
+          step_lib.evaluated(like), like.model_state, rows(size), mask).compile(),
       'is_finite': jax.jit(step_lib.is_finite).lower(like).compile(),
   }
   if config.mirror_first:

@@ -38,6 +38,7 @@ class TrainState(NamedTuple):
       so that a resumed run goes on with them.
     particles: states of a rule that settles, one row a training example; {} for
       a run that does not keep them.
+    ema: an exponential moving average of the parameters; {} for a run without.
   """
   step: jax.Array
   params: Any
@@ -46,12 +47,13 @@ class TrainState(NamedTuple):
   model_state: Any
   window: tasks.Sums
   particles: Any
+  ema: Any
 
 
 def empty_window() -> tasks.Sums:
   """A window without steps."""
   return tasks.Sums(
-      np.float32(0), np.int32(0), np.float32(0), np.float32(0))
+      np.float32(0), np.int32(0), np.float32(0), np.float32(0), {})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +76,9 @@ class Learner:
     input_noise: standard deviation of the noise that a step adds to its inputs.
     augment: `(key, images in [0, 1]) -> images [views * batch, ...]`, or None.
     views: how many of each image there are then, one after the other.
+    measured: the loss of evaluation; None: the same.
+    metrics: name -> `(output, labels) -> a number an example`, of evaluation.
+    ema: decay of the average of the parameters that is evaluated; 0: none.
     dtype: of the computation; parameters, feedback and the optimiser's state are
       kept in single precision whatever it is.
   """
@@ -93,6 +98,10 @@ class Learner:
   augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None
   views: int = 1
   dtype: str = 'float32'
+  measured: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+  metrics: Mapping[str, Callable[..., jax.Array]] = dataclasses.field(
+      default_factory=dict)
+  ema: float = 0.
 
   def init(self) -> TrainState:
     """The state before the first step, and before `mirror`."""
@@ -113,7 +122,9 @@ class Learner:
     return TrainState(
         jnp.int32(0), params, feedback, self.tx.init(learned), model_state,
         jax.tree.map(jnp.asarray, empty_window()),
-        self._particles(variables, x))
+        self._particles(variables, x),
+        # A copy: both are donated.
+        jax.tree.map(jnp.copy, params) if self.ema else {})
 
   def _particles(self, variables, x):
     """States of 0 for every training example, where they are kept."""
@@ -238,8 +249,19 @@ class Learner:
         c: aux.model_state.get(c, v) for c, v in state.model_state.items()}
     state = TrainState(
         state.step + 1, learned['params'], feedback, opt_state,
-        _as_before(model_state, state.model_state), window, particles)
+        _as_before(model_state, state.model_state), window, particles,
+        self._averaged(state, learned['params']))
     return state, loss
+
+  def _averaged(self, state, params):
+    """The moving average; from the first steps on an average of what was."""
+    if not self.ema:
+      return {}
+    # optax.ema debiases; here the average begins at the first parameters, and
+    # its memory grows to 1 / (1 - decay) steps.
+    count = state.step.astype(jnp.float32) + 1
+    decay = jnp.minimum(self.ema, count / (count + 9))
+    return optax.incremental_update(params, state.ema, 1 - decay)
 
   def _mirrored_now(self, state, feedback):
     """The new feedback, or the old where it learns at other steps only."""
@@ -257,7 +279,9 @@ class Learner:
     predict = self.rule.predict(self.net)
     params, x = self._cast((params, self._inputs(batch)))
     output = predict({'params': params, **model_state}, x)
-    return tasks.sums(self.loss(output, batch.labels), output, batch, mask)
+    loss = self.measured or self.loss
+    return tasks.sums(
+        loss(output, batch.labels), output, batch, mask, self.metrics)
 
   def align(self, state: TrainState, batch: Any) -> dict[str, Any]:
     """Alignment with backprop on one batch: unit -> `bpjax.Alignment`."""
@@ -310,6 +334,11 @@ class Learner:
   def _split(self, x):
     return jax.lax.with_sharding_constraint(
         x, NamedSharding(self.mesh, PartitionSpec('data')))
+
+
+def evaluated(state: TrainState) -> Any:
+  """The parameters that are evaluated: the average, where there is one."""
+  return state.ema or state.params
 
 
 def is_finite(state: TrainState) -> jax.Array:

@@ -7,7 +7,7 @@ The trainer knows nothing else of images, sentences or languages.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import math
 from typing import Any, NamedTuple, Protocol
@@ -32,11 +32,13 @@ class Sums(NamedTuple):
     correct: number of correct answers, int32 [].
     count: number of answers, [].
     characters: that they stand for; 0 where nobody counts, [].
+    more: name -> sum of a metric of the user's own, []; {} in training.
   """
   loss: jax.Array
   correct: jax.Array
   count: jax.Array
   characters: jax.Array
+  more: dict[str, jax.Array]
 
 
 class Task(Protocol):
@@ -50,7 +52,7 @@ class Task(Protocol):
   reads: str
 
   @property
-  def facts(self) -> Mapping[str, int]:
+  def facts(self) -> Mapping[str, Any]:
     ...
 
   def inputs(self, batch: Any) -> Any:
@@ -67,17 +69,21 @@ class Images:
 
   Attributes:
     num_classes: how many there are.
+    image_shape: (height, width, channels).
     mean: subtracted from images scaled to [0, 1], `[channels]`.
     std: what they are divided by then, `[channels]`.
   """
   num_classes: int
+  image_shape: tuple[int, ...]
   mean: np.ndarray
   std: np.ndarray
   reads = 'images'
 
   @property
-  def facts(self) -> Mapping[str, int]:
-    return {'num_classes': self.num_classes}
+  def facts(self) -> Mapping[str, Any]:
+    return {
+        'num_classes': self.num_classes, 'image_shape': self.image_shape,
+        'in_features': math.prod(self.image_shape)}
 
   def inputs(self, batch: Any) -> jax.Array:
     """Images `[batch, height, width, channels]` as the model reads them."""
@@ -127,19 +133,25 @@ class Text:
 def _means(sums):
   return {
       'loss': float(sums.loss / sums.count),
-      'accuracy': float(sums.correct / sums.count)}
+      'accuracy': float(sums.correct / sums.count),
+      **{name: float(x / sums.count) for name, x in sums.more.items()}}
 
 
 def loss_function(
-    name: str, num_classes: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
-  """The loss called `name`, of an output and integer labels.
+    loss: str | Callable[..., jax.Array], num_classes: int,
+    smoothing: float = 0., weights: Sequence[float] = ()
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
+  """A loss of an output and integer labels, as the trainer calls it.
 
   Its mean is that over the labels that are asked for, so that padding changes
   no update: the others are 0, and these are scaled up by their rarity.
 
   Args:
-    name: one of `LOSSES`.
+    loss: one of `LOSSES`, or a function of output and labels.
     num_classes: number of the model's outputs.
+    smoothing: the share of the target that is spread over all classes (Szegedy
+      et al. 2016, arXiv 1512.00567).
+    weights: what the losses of each class are multiplied by; none: 1.
 
   Returns:
     `(output [batch, ..., classes], labels [batch, ...]) -> losses`, in single
@@ -149,26 +161,40 @@ def loss_function(
     targets = jax.nn.one_hot(labels, num_classes, dtype=output.dtype)
     return bpjax.losses.squared_error(output, targets)
 
-  function = {
+  function = loss if callable(loss) else {
       'cross_entropy': bpjax.losses.softmax_cross_entropy,
       'sigmoid_cross_entropy': bpjax.losses.sigmoid_cross_entropy,
-      'squared_error': squared_error}[name]
+      'squared_error': squared_error}[loss]
 
-  def loss(output, labels):
+  def of_classes(output, labels):
+    losses = function(output, labels)
+    if losses.shape != labels.shape:
+      raise ValueError(
+          f'`loss` must return one number for each of the {labels.shape} labels, '
+          f'got {losses.shape}.')
+    if smoothing:
+      uniform = -jnp.mean(jax.nn.log_softmax(output), axis=-1)
+      losses = (1 - smoothing) * losses + smoothing * uniform
+    if len(weights):
+      losses *= jnp.asarray(weights, losses.dtype)[labels]
+    return losses
+
+  def of_labels(output, labels):
     output = output.astype(jnp.promote_types(output.dtype, jnp.float32))
     if labels.ndim == 1:
-      return function(output, labels)
+      return of_classes(output, labels)
     asked = labels != NONE
-    losses = function(output, jnp.maximum(labels, 0))
+    losses = of_classes(output, jnp.maximum(labels, 0))
     rarity = labels.size / jnp.maximum(jnp.sum(asked, dtype=losses.dtype), 1)
     return jnp.where(asked, losses * rarity, 0)
 
-  return loss
+  return of_labels
 
 
 def sums(
     loss: jax.Array, output: jax.Array, batch: Any,
-    mask: jax.Array | None = None) -> Sums:
+    mask: jax.Array | None = None,
+    metrics: Mapping[str, Callable[..., jax.Array]] | None = None) -> Sums:
   """What a batch adds to the results.
 
   Args:
@@ -177,6 +203,7 @@ def sums(
     output: the model's, with its classes last.
     batch: rows of a split.
     mask: bool `[batch]`, False at rows that do not count; None: all do.
+    metrics: name -> `(output, labels) -> a number a label`.
 
   Returns:
     The sums, over the labels that are asked for.
@@ -196,4 +223,7 @@ def sums(
       jnp.sum(jnp.where(asked, loss, 0)) / rarity if loss.ndim else loss * count,
       jnp.sum(right, dtype=jnp.int32), count,
       jnp.float32(0) if characters is None
-      else jnp.sum(characters, dtype=jnp.float32))
+      else jnp.sum(characters, dtype=jnp.float32),
+      {name: jnp.sum(jnp.where(
+          asked, metric(output, jnp.maximum(labels, 0)), 0), dtype=jnp.float32)
+       for name, metric in (metrics or {}).items()})

@@ -105,7 +105,7 @@ def test_arrays(tmp_path, names):
 def test_rows_of_numbers_are_scaled_each():
   x = np.random.default_rng(0).normal(5, [1, 100], (60, 2))
   found = data.from_arrays((x, np.arange(60) % 2), (x, np.arange(60) % 2))
-  assert found.image_shape == (1, 1, 2)
+  assert found.image_shape == (2,)
   np.testing.assert_allclose(found.mean, x.mean(0), rtol=1e-5)
   np.testing.assert_allclose(found.std, x.std(0), rtol=1e-5)
 
@@ -118,7 +118,7 @@ def test_tables(tmp_path):
   found = data.load(table, dataset_args={'label': 'species'})
   assert found.classes == ('elm', 'oak')
   assert found.test.labels.tolist() == [1, 0, 1, 0]
-  assert found.test.images[2, 0, 0].tolist() == [2, 1]
+  assert found.test.images[2].tolist() == [2, 1]
   columns = {name: [r[i] for r in rows[1:]] for i, name in enumerate(rows[0])}
   pyarrow.parquet.write_table(
       pyarrow.table(columns), tmp_path / 't.parquet')

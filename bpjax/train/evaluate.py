@@ -149,7 +149,9 @@ def _rows(run, split, dataset):
   if dataset:
     found = data_lib.load(
         dataset, run.config.data_dir or None,
-        image_size=(run.dataset.image_shape or (0,))[0],
+        image_size=(
+            run.dataset.image_shape[0] if len(run.dataset.image_shape) == 3
+            else 0),
         preprocessing=run.config.preprocessing,
         zca_epsilon=run.config.zca_epsilon, length=run.config.length,
         trained_tokenizer=run.dataset.tokenizer)

@@ -50,9 +50,7 @@ class Fitted:
   def predict(self, images: Any) -> jax.Array:
     """Probabilities `[n, classes]` of images or rows, as the data set has them."""
     images = np.asarray(images)
-    if images.ndim == 2:
-      images = images[:, None, None, :]
-    elif images.ndim == 3:
+    if images.ndim == 3:
       images = images[..., None]
     rows = data_lib.Split(images, np.zeros(len(images), np.int32))
     apply = jax.jit(lambda v, x: jax.nn.softmax(self.net.apply(v, x)))

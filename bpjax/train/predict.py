@@ -52,7 +52,7 @@ def predict(
         f'`top` must be between 1 and the {run.dataset.num_classes} classes, '
         f'got {top}.')
   read = _images if run.dataset.asked is None else _texts
-  if run.dataset.asked is None and run.dataset.image_shape[:2] == (1, 1):
+  if len(run.dataset.image_shape) == 1:
     read = _numbers
   names, rows = read(run, files)
   answers = []
@@ -142,5 +142,4 @@ def _numbers(run, files):
           f'{list(values.shape)}.')
     rows.append(values)
     names += [(file, i) for i in range(1, len(values) + 1)]
-  images = np.concatenate(rows)[:, None, None, :]
-  return names, Split(images, np.zeros(len(names), np.int32))
+  return names, Split(np.concatenate(rows), np.zeros(len(names), np.int32))

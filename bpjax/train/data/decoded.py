@@ -28,7 +28,7 @@ class Split(NamedTuple):
 
   Attributes:
     images: uint8 `[n, height, width, channels]`, as decoded; float16 once they
-      are preprocessed.
+      are preprocessed; float32 `[n, features]` of rows of numbers.
     labels: int32 `[n]`.
   """
 

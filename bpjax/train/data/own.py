@@ -413,22 +413,15 @@ def from_arrays(
 
 
 def _pixels(name, what, x):
-  """Images `[n, height, width, channels]`; rows of numbers are channels."""
-  if x.ndim == 2:
-    x = x[:, None, None, :]
-    if x.dtype == np.uint8:
-      x = x.astype(np.float32)  # Numbers, and no pixels.
-  elif x.ndim == 3:
+  """Images `[n, height, width, channels]`, or rows of numbers `[n, features]`."""
+  if x.ndim == 3:
     x = x[..., None]
-  if x.ndim != 4 or x.dtype.kind not in 'fiub' or not x.size:
+  if x.ndim not in (2, 4) or x.dtype.kind not in 'fiub' or not x.size:
     raise _wrong(
         name, f'must have {what}images [n, height, width(, channels)] or '
         f'[n, features] of numbers, and has {x.dtype} {list(x.shape)}',
         'save them so')
-  if x.dtype == np.uint8:
-    return x
-  if x.dtype.kind != 'f' and x.ndim == 4 and x.shape[1:3] != (1, 1) and (
-      x.min() >= 0 and x.max() <= 255):
+  if x.ndim == 4 and x.dtype.kind != 'f' and 0 <= x.min() and x.max() <= 255:
     return x.astype(np.uint8)
   x = x.astype(np.float32)
   if not np.isfinite(x).all():

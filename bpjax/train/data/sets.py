@@ -43,7 +43,8 @@ class Dataset(NamedTuple):
   Attributes:
     name: as it was asked for.
     num_classes: labels lie in [0, num_classes).
-    image_shape: (height, width, channels) of what the model sees; () of texts.
+    image_shape: (height, width, channels) of what the model sees, (features,) of
+      rows of numbers; () of texts.
     train: the training examples, without those of `validation`.
     validation: examples held out of train; None where none were asked for.
     test: the test examples.
@@ -223,7 +224,7 @@ def from_arrays(
     >>> x, y = np.random.rand(90, 5), np.arange(90) % 3
     >>> data = from_arrays((x[:60], y[:60]), (x[60:], y[60:]))
     >>> data.num_classes, data.image_shape
-    (3, (1, 1, 5))
+    (3, (5,))
   """
   arrays = {'train': train, 'test': test}
   if validation is not None:
@@ -290,6 +291,10 @@ def _of_texts(name: str, loaded: text.Loaded) -> Dataset:
 
 
 def _preprocessed(dataset, kind, epsilon, cache_dir) -> Dataset:
+  if len(dataset.image_shape) != 3:
+    raise ValueError(
+        f"`preprocessing` must be '' for {dataset.name!r}, got {kind!r}: it "
+        'holds rows of numbers, and no images; leave it out')
   if isinstance(dataset.train, Stream):
     raise ValueError(
         f"`preprocessing` must be '' for {dataset.name!r}, got {kind!r}: it is "

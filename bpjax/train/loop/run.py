@@ -531,6 +531,10 @@ def _task(config, dataset):
           "`loss` must not be 'squared_error' where every token is predicted; "
           "use 'cross_entropy'.")
     return tasks.Text(dataset.asked)
+  if config.augment in augment_lib.AUGMENTS and len(dataset.image_shape) != 3:
+    raise ValueError(
+        f'`augment` {config.augment!r} is of images, and `dataset` '
+        f'{dataset.name!r} holds rows of numbers; leave it out.')
   if config.class_weights and len(config.class_weights) != dataset.num_classes:
     raise ValueError(
         f'`class_weights` must hold one number for each of the '

@@ -69,7 +69,7 @@ class Images:
 
   Attributes:
     num_classes: how many there are.
-    image_shape: (height, width, channels).
+    image_shape: (height, width, channels), or (features,).
     mean: subtracted from images scaled to [0, 1], `[channels]`.
     std: what they are divided by then, `[channels]`.
   """
@@ -86,7 +86,7 @@ class Images:
         'in_features': math.prod(self.image_shape)}
 
   def inputs(self, batch: Any) -> jax.Array:
-    """Images `[batch, height, width, channels]` as the model reads them."""
+    """Images `[batch, *image_shape]` as the model reads them."""
     return data_lib.normalise(batch.images, self.mean, self.std)
 
   def metrics(self, sums: Sums) -> dict[str, float]:

@@ -182,6 +182,8 @@ def commands(folder: str) -> list[tuple[str, list[str], int, str]]:
   return [*found, *(('main', a, 2, w) for a, w in (
       ([base[1]], 'config'), (['--config=none.py', base[1]], 'there is none at'),
       (['--config=', base[1]], 'config'), ([*base, '--wrokdir=x'], 'wrokdir'),
+      ([*base, '--watch=tensorbord'], 'did you mean `tensorboard`'),
+      ([*base, '--watch=wandb,wandb'], 'once'),
       ([*base, 'x'], 'unexpected argument'), ([base[0]], 'workdir')))]
 
 

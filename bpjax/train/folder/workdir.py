@@ -6,7 +6,7 @@ agree with the others, is named, with the way out; none is deleted for that.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import contextlib
 import datetime
 import errno
@@ -20,6 +20,7 @@ from typing import Any
 
 from bpjax.train import config as config_lib
 from bpjax.train.folder import streams
+from bpjax.train.folder import watching
 import rich.console
 
 _METRICS, _SUMMARY = 'metrics.jsonl', 'summary.json'
@@ -59,7 +60,8 @@ class Workdir:
 
   Files: `config.json`, `environment.json` (what else changes results),
   `metrics.jsonl` (one object a line), `summary.json` (once the run is
-  finished), `log.txt`, of texts `tokenizer.json`, and the folder `checkpoints`.
+  finished), `log.txt`, of texts `tokenizer.json`, and the folder `checkpoints`;
+  what watchers write, such as the folder `tensorboard`, is a copy that is not read.
   A folder that was made, and is not claimed, is removed again.
   """
 
@@ -85,6 +87,7 @@ class Workdir:
     self._quiet = quiet
     self._recorded = hashlib.blake2b(digest_size=16)
     self._made = []
+    self._watchers = {}
     try:
       self._make_folder()
       self._log = self._locked_log()
@@ -102,6 +105,8 @@ class Workdir:
     return self
 
   def __exit__(self, *error):
+    with contextlib.suppress(DiskError):
+      self._show('close')
     self._remove_made()
     os.close(self._log)
     self._log = -1
@@ -242,16 +247,41 @@ class Workdir:
     self._write(_SUMMARY, _pretty(
         summary | {'digest': _digest(self.path, summary)}))
 
+  def watch(
+      self, names: Sequence[str], config: Mapping[str, Any],
+      optional: Sequence[str] = ()) -> None:
+    """Shows what will be recorded to other programs; see `watching`.
+
+    Args:
+      names: who is shown it.
+      config: the run's config.
+      optional: which of them are left out, with a warning, where their package
+        is missing.
+
+    Raises:
+      ValueError: for an unknown name, or a package that is missing.
+    """
+    watching.check(names)
+    for name in names:
+      try:
+        self._watchers[name] = watching.make(name, self.path, config)
+      except watching.Missing as error:
+        if name not in optional:
+          raise ValueError(f'{error}.') from error
+        self.warn(str(error))
+
   def record(self, lines: Iterable[Mapping[str, Any]]) -> None:
     """Appends lines to the metrics, on the disk before it returns.
 
     A checkpoint that is saved afterwards can then count on them.
     """
+    lines = list(lines)
     text = ''.join(f'{json.dumps(_without_nan(line))}\n' for line in lines)
     with self._writing(_METRICS, os.O_APPEND) as descriptor:
       _write_all(descriptor, text)
       os.fsync(descriptor)
     self._recorded.update(text.encode())
+    self._show('add', lines)
 
   @property
   def recorded(self) -> str:
@@ -278,6 +308,8 @@ class Workdir:
     with self._writing(_METRICS, 0) as descriptor:
       os.ftruncate(descriptor, end)
       os.fsync(descriptor)
+    if self._watchers:
+      self._show('begin', self.metrics())
 
   def log(self, message: str) -> None:
     """Writes one line to the log and to stderr.
@@ -317,6 +349,21 @@ class Workdir:
     with contextlib.suppress(DiskError):
       self._to_log(message)
     streams.urgent(message)
+
+  def _show(self, what, *args):
+    """Asks every watcher for something; one that fails is not asked again."""
+    for name, watcher in list(self._watchers.items()):
+      try:
+        getattr(watcher, what)(*args)
+      except Exception as error:  # pylint: disable=broad-except
+        del self._watchers[name]
+        with contextlib.suppress(Exception):
+          watcher.close()
+        why = getattr(error, 'strerror', None) or str(error).splitlines()
+        why = why if isinstance(why, str) else ' '.join(why[:1])
+        self.warn(
+            f'`watch` of {name} failed ({why or type(error).__name__}); the run '
+            'goes on without it, and metrics.jsonl holds everything')
 
   def _hash_before(self, step):
     """The hash of the lines before a step, and where they end."""

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 import contextlib
 import json
 import time
@@ -18,11 +19,14 @@ from bpjax.train import config as config_lib
 from bpjax.train.folder import environment
 from bpjax.train.folder import streams
 from bpjax.train.folder import summary as summary_lib
+from bpjax.train.folder import watching
 from bpjax.train.folder import workdir as workdir_lib
 from bpjax.train.loop import progress
 from bpjax.train.loop import run as run_lib
 from bpjax.train.loop import step as step_lib
 import ml_collections
+
+WATCH = ('tensorboard',)  # Left out, with a warning, where it is not installed.
 
 
 class _Refused(ValueError):
@@ -30,8 +34,8 @@ class _Refused(ValueError):
 
 
 def launch(
-    config: ml_collections.ConfigDict, workdir: str, quiet: bool = False
-) -> int:
+    config: ml_collections.ConfigDict, workdir: str, quiet: bool = False,
+    watch: Sequence[str] = WATCH) -> int:
   """Trains, or goes on training, in a folder.
 
   A run that is finished is not trained again; its summary is printed.
@@ -40,6 +44,8 @@ def launch(
     config: the run's config.
     workdir: the run's folder.
     quiet: do not print the summary.
+    watch: who is shown the metrics while it trains, of
+      `bpjax.train.folder.watching.names()`. None of them changes anything else.
 
   Returns:
     The exit code.
@@ -55,9 +61,10 @@ def launch(
     try:
       stopper = stack.enter_context(progress.Stopper())
       with _refusing():
+        watching.check(watch)
         folder = stack.enter_context(workdir_lib.Workdir(workdir))
       complain, stopper.say = folder.complain, folder.urgent
-      finish(config, folder, stopper, begin)
+      finish(config, folder, stopper, begin, watch=watch)
       if not quiet:
         failure = streams.put(
             'stdout', json.dumps(folder.summary(), indent=2))
@@ -91,7 +98,7 @@ def _refusing():
 def finish(
     config: ml_collections.ConfigDict, folder: workdir_lib.Workdir,
     stopper: progress.Stopper, begin: float,
-    given: run_lib.Given = run_lib.Given()
+    given: run_lib.Given = run_lib.Given(), watch: Sequence[str] = WATCH
 ) -> tuple[run_lib.Run, step_lib.TrainState] | None:
   """Does what is left of a run; nothing, and None, where it is finished.
 
@@ -101,13 +108,14 @@ def finish(
     stopper: says whether a signal came.
     begin: `time.perf_counter` of when the command began.
     given: what the config does not name.
+    watch: see `launch`.
 
   Raises:
     ValueError: for what cannot work, before anything is written.
   """
   with contextlib.ExitStack() as stack:
     with _refusing():
-      ready = _prepare(config, folder, stack, given)
+      ready = _prepare(config, folder, stack, given, watch)
     if ready is None:
       return None
     run, checkpoints, state, step = ready
@@ -125,7 +133,7 @@ def finish(
   return run, state
 
 
-def _prepare(config, folder, stack, given):
+def _prepare(config, folder, stack, given, watch):
   """What training needs; None for a run that is finished."""
   values = config_lib.to_json(config)
   folder.check(values)
@@ -134,6 +142,7 @@ def _prepare(config, folder, stack, given):
   if summary is not None and summary['epochs'] == config.epochs:
     folder.log(f'{folder.path} is finished; nothing to do')
     return None
+  folder.watch(watch, values, optional=WATCH)
   run = run_lib.setup(config, folder, given)
   surroundings = environment.describe(run.dataset)
   folder.check_environment(surroundings)

@@ -1,0 +1,232 @@
+"""Shows a run to other programs while it trains: TensorBoard, Weights & Biases.
+
+What they hold is a copy of metrics.jsonl, which alone counts. Whenever a run
+begins or goes on, the copy is made to agree with it: TensorBoard's event file is
+written anew from the lines that are kept, and Weights & Biases gets the steps
+that it lacks. So a run that was killed leaves no point twice and none out. A copy
+that fails is one warning, and never ends a run or changes what it computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+import importlib
+import importlib.util
+import json
+import math
+import os
+import time
+from typing import Any, Protocol
+import uuid
+
+from bpjax.train import fields as fields_lib
+
+Line = Mapping[str, Any]
+
+_OURS = '.bpjax'  # How event files end that may be written anew.
+_WITHOUT_TAG = ('step', 'split', 'unit')
+
+
+class Watcher(Protocol):
+  """Who is shown the lines of the metrics. May raise; it is not asked again."""
+
+  def begin(self, lines: Sequence[Line]) -> None:
+    """Makes what is shown agree with all lines so far."""
+
+  def add(self, lines: Sequence[Line]) -> None:
+    """Shows lines that were written to the metrics."""
+
+  def close(self) -> None:
+    """Nothing follows."""
+
+
+class Missing(ValueError):
+  """A package that a watcher needs is not installed."""
+
+
+def names() -> list[str]:
+  """What may be asked for.
+
+  Example:
+    >>> names()
+    ['tensorboard', 'wandb']
+  """
+  return list(_WATCHERS)
+
+
+def check(watch: Sequence[str]) -> None:
+  """Raises a ValueError for a name that is not known; imports nothing.
+
+  Example:
+    >>> check(['tensorboard'])
+  """
+  if isinstance(watch, str) or not all(isinstance(n, str) for n in watch):
+    raise ValueError(
+        f'`watch` must be a list of names, got {fields_lib.shown(watch)}; '
+        f'known: {", ".join(names())}.')
+  for name in watch:
+    if name not in _WATCHERS:
+      raise ValueError(
+          f'`watch` must name some of {", ".join(names())}, or be empty, got '
+          f'{fields_lib.shown(name)}'
+          f'{fields_lib.nearest(name, names()) or "."}')
+  if len(set(watch)) < len(watch):
+    raise ValueError(
+        f'`watch` must have each name once, got {", ".join(watch)}.')
+
+
+def make(name: str, folder: str, config: Mapping[str, Any]) -> Watcher:
+  """The watcher of a name; writes nothing yet.
+
+  Args:
+    name: one of `names()`.
+    folder: the run's folder.
+    config: the run's config, as in its config.json.
+
+  Raises:
+    Missing: with one sentence, where its package is not installed.
+  """
+  return _WATCHERS[name](folder, config)
+
+
+def scalars(line: Line) -> dict[str, float]:
+  """The numbers of a line of the metrics, by tag.
+
+  What is not defined has none.
+
+  Example:
+    >>> scalars({'step': 22, 'epoch': 1, 'split': 'test', 'loss': .5})
+    {'test/epoch': 1, 'test/loss': 0.5}
+    >>> scalars({'step': 0, 'epoch': 0, 'split': 'alignment', 'unit': 'Dense_0',
+    ...          'teaching': .9, 'weight': None})
+    {'alignment_teaching/Dense_0': 0.9}
+  """
+  unit, split = line.get('unit'), line['split']
+  skipped = _WITHOUT_TAG if unit is None else (*_WITHOUT_TAG, 'epoch')
+  return {
+      f'{split}/{name}' if unit is None else f'{split}_{name}/{unit}': value
+      for name, value in line.items() if name not in skipped
+      and isinstance(value, (int, float)) and math.isfinite(value)}
+
+
+class TensorBoard:
+  """An event file in the folder `tensorboard`, written without TensorFlow.
+
+  Every line is on its way to the disk before `add` returns: there is no thread
+  whose failure nobody would hear of.
+  """
+
+  def __init__(self, folder: str, config: Mapping[str, Any]):
+    _require('tensorboardX', 'TensorBoard')
+    self._folder, self._config = os.path.join(folder, 'tensorboard'), config
+    self._writer = None
+
+  def begin(self, lines: Sequence[Line]) -> None:
+    from tensorboardX import event_file_writer
+    from tensorboardX import summary
+    from tensorboardX.proto import event_pb2
+    self._forget()
+    if os.path.islink(self._folder):
+      raise OSError(f'{self._folder} is a symbolic link')
+    os.makedirs(self._folder, exist_ok=True)
+    for name in os.listdir(self._folder):
+      if name.startswith('events.') and name.endswith(_OURS):
+        os.unlink(os.path.join(self._folder, name))
+    self._writer = event_file_writer.EventsWriter(
+        os.path.join(self._folder, 'events'), f'.{os.getpid()}{_OURS}')
+    # A TensorBoard that is looking on drops what it has read of the old file.
+    self._write(session_log=event_pb2.SessionLog(
+        status=event_pb2.SessionLog.START), step=0)
+    self._write(summary=summary.text('config', _markdown(self._config)), step=0)
+    self.add(lines)
+
+  def add(self, lines: Sequence[Line]) -> None:
+    from tensorboardX.proto import summary_pb2
+    for line in lines:
+      found = [summary_pb2.Summary.Value(tag=tag, simple_value=value)
+               for tag, value in scalars(line).items()]
+      if found:
+        self._write(summary=summary_pb2.Summary(value=found), step=line['step'])
+    self._writer.flush()
+
+  def close(self) -> None:
+    writer, self._writer = self._writer, None
+    if writer is not None:
+      writer.close()
+
+  def _forget(self):
+    with contextlib.suppress(OSError):
+      self.close()
+
+  def _write(self, **event):
+    from tensorboardX.proto import event_pb2
+    self._writer.write_event(event_pb2.Event(wall_time=time.time(), **event))
+
+
+class WeightsAndBiases:
+  """A run of Weights & Biases, which the same folder goes on with.
+
+  Steps that it has are not sent again: a run that goes on computes them to the
+  same last bit.
+  """
+
+  def __init__(self, folder: str, config: Mapping[str, Any]):
+    _require('wandb', 'Weights & Biases')
+    self._folder, self._config = folder, config
+    self._run, self._held = None, 0  # Steps below are there.
+
+  def begin(self, lines: Sequence[Line]) -> None:
+    self.close()
+    self._run = importlib.import_module('wandb').init(
+        project=os.environ.get('WANDB_PROJECT', 'bpjax'),
+        name=os.path.basename(self._folder), dir=self._folder,
+        config=dict(self._config), id=self._identity(), resume='allow')
+    self._held = self._run.step if getattr(self._run, 'resumed', False) else 0
+    self.add(lines)
+
+  def add(self, lines: Sequence[Line]) -> None:
+    for step, numbers in _by_step(lines).items():
+      if step >= self._held:
+        self._run.log(numbers, step=step)
+
+  def close(self) -> None:
+    run, self._run = self._run, None
+    if run is not None:
+      run.finish()
+
+  def _identity(self):
+    """The run's name over there, kept in the folder."""
+    path = os.path.join(self._folder, 'wandb-run.txt')
+    try:
+      with open(path, encoding='utf-8') as file:
+        return file.read().strip()
+    except FileNotFoundError:
+      identity = uuid.uuid4().hex[:12]
+      with open(path, 'x', encoding='utf-8') as file:
+        file.write(f'{identity}\n')
+      return identity
+
+
+_WATCHERS = {'tensorboard': TensorBoard, 'wandb': WeightsAndBiases}
+
+
+def _require(package, program):
+  """Raises Missing; imports nothing yet, which would take time."""
+  if importlib.util.find_spec(package) is None:
+    raise Missing(
+        f'`watch` of {program} needs the package {package}, which is not '
+        f'installed; `pip install {package}`, or leave it out of --watch')
+
+
+def _by_step(lines: Iterable[Line]) -> dict[int, dict[str, float]]:
+  steps = {}
+  for line in lines:
+    steps.setdefault(line['step'], {}).update(scalars(line))
+  return steps
+
+
+def _markdown(config):
+  """A config as TensorBoard shows texts."""
+  rows = (f'| {k} | `{json.dumps(v)}` |' for k, v in config.items())
+  return '\n'.join(['| field | value |', '| --- | --- |', *rows])

@@ -1,13 +1,24 @@
 """Trains every point of a grid with every seed, and compares the points.
 
 python -m experiments.sweep --config=experiments/configs/mnist_mlp.py \
-    --workdir=runs/rules --seeds=0,1,2 \
+    --workdir=runs/rules --seeds=0,1,2 --jobs=2 \
     --grid=rule=feedback_alignment,kolen_pollack --grid=epochs=5,10
 
-Several --grid flags make a product. Each run has a folder of its own, such as
+python -m experiments.sweep --config=experiments/configs/mnist_mlp.py \
+    --workdir=runs/search --config.validation=5000 --random=20 --seed=0 \
+    --grid=learning_rate=log:1e-4:1e-1 --grid=model_args.dropout=uniform:0:.5
+
+Several --grid flags make a product; with --random=N, N points are drawn from
+it, and a field may have a range: log:LOW:HIGH, uniform:LOW:HIGH, or
+int:LOW:HIGH of whole numbers. Each run has a folder of its own, such as
 `rule=kolen_pollack,seed=1`; a finished run is not trained again, an interrupted
-one goes on, and one that fails is reported while the others go on. Ends with a
-table of means and standard deviations over seeds, and with `sweep.json`.
+one goes on, and one that fails is reported while the others go on. --jobs=N
+trains N runs at a time, in processes that share the cores; signals stop them
+all, and the same command goes on.
+
+Ends with a table of means and standard deviations over seeds, each point tested
+against the first one by a paired t-test, and with `sweep.json`, which has the
+tests of all pairs.
 """
 
 from __future__ import annotations
@@ -19,7 +30,6 @@ if __name__ == '__main__':
 from collections.abc import Mapping, Sequence
 import itertools
 import json
-import math
 import os
 import re
 import statistics
@@ -31,59 +41,32 @@ from absl import flags
 from absl import logging
 from bpjax.train import config as config_lib
 from bpjax.train.folder import streams
+from bpjax.train.folder import watching
 from bpjax.train.folder import workdir as workdir_lib
+from experiments import comparison
 from experiments import config as flags_lib
+from experiments import jobs as jobs_lib
 from experiments import main as main_lib
+from experiments import space
 import ml_collections
 import rich.console
 import rich.table
 
 _SEEDS = flags.DEFINE_list('seeds', [], 'Seeds; default: that of the config.')
-_GRID = flags.DEFINE_multi_string('grid', [], 'FIELD=VALUE,VALUE,...')
-_COLUMNS = ('test_accuracy', 'train_accuracy', 'median_step_time', 'alignment')
-
-Point = dict[str, str]
-
-
-def parse_grid(grid: Sequence[str]) -> list[Point]:
-  """The product of grid flags.
-
-  Args:
-    grid: texts `FIELD=VALUE,VALUE,...`; a comma within brackets is part of a
-      value.
-
-  Returns:
-    Field -> text of its value, for each point; one empty point without a grid.
-
-  Raises:
-    ValueError: for a text of another form, or a field that is given twice.
-
-  Example:
-    >>> parse_grid(['epochs=5', 'mesh.data=1,2'])
-    [{'epochs': '5', 'mesh.data': '1'}, {'epochs': '5', 'mesh.data': '2'}]
-  """
-  axes = {}
-  for text in grid:
-    field, _, values = text.partition('=')
-    values = [v.strip() for v in _split(values)]
-    if not field or not all(values):
-      raise ValueError(
-          f'`grid` must be FIELD=VALUE,VALUE,..., got {text!r}; write for '
-          "example --grid='rule=backprop,kolen_pollack'.")
-    if field in axes or field == 'seed':
-      raise ValueError(
-          f'`grid` must name each field once, and the seeds in --seeds, got '
-          f'{field!r} again; write all its values into one flag.')
-    twice = next((v for v in values if values.count(v) > 1), None)
-    if twice is not None:
-      raise ValueError(
-          f'`grid` must name each value of {field!r} once, got {twice!r} twice.')
-    axes[field] = values
-  product = itertools.product(*axes.values())
-  return [dict(zip(axes, values)) for values in product]
+_GRID = flags.DEFINE_multi_string(
+    'grid', [], 'FIELD=VALUE,VALUE,..., or with --random a range.')
+_RANDOM = flags.DEFINE_integer('random', 0, 'Points drawn at random; 0: all.')
+_SEED = flags.DEFINE_integer('seed', None, 'Of --random; default: 0.')
+_JOBS = flags.DEFINE_integer('jobs', 1, 'Runs at a time.')
+_COLUMNS = (
+    'test_accuracy', 'validation_accuracy', 'train_accuracy', 'test_loss',
+    'median_step_time', 'alignment')
+# In the table only where there is one: what is here or not by the config.
+_AT_TIMES = ('validation_accuracy', 'test_loss')
+_MOST_JOBS = 1024
 
 
-def folder_name(point: Point, seed: int) -> str:
+def folder_name(point: space.Point, seed: int) -> str:
   """The name of a run's folder, such as `rule=backprop,seed=0`."""
   name = ','.join(f'{k}={v}' for k, v in {**point, 'seed': seed}.items())
   return re.sub(r'[^\w=,.()+-]', '_', name)
@@ -91,14 +74,19 @@ def folder_name(point: Point, seed: int) -> str:
 
 def sweep(
     config: ml_collections.ConfigDict, workdir: str, grid: Sequence[str],
-    seeds: Sequence[str]) -> int:
-  """Runs the grid, one run after the other in this process.
+    seeds: Sequence[str], *, jobs: int = 1, random: int = 0,
+    seed: int | None = None, watch: Sequence[str] = ('tensorboard',)) -> int:
+  """Runs the grid, or points drawn from it.
 
   Args:
     config: the config of all runs.
     workdir: folder of the runs' folders and of `sweep.json`.
     grid: the grid flags.
     seeds: the seeds as texts; none: the config's own.
+    jobs: how many runs are trained at a time; 1: in this process.
+    random: the number of points to draw; 0: all points of the grid.
+    seed: of the draws; None: 0.
+    watch: who is shown the metrics, see `bpjax.train.folder.watching`.
 
   Returns:
     The exit code: 0; 1 if a run failed; 2 if the sweep was refused; 4 if its
@@ -110,7 +98,11 @@ def sweep(
           '`workdir` must be a folder, got an empty name; give one such as '
           'runs/rules.')
     workdir = os.path.expanduser(workdir)
-    runs = _runs(config, grid, seeds)
+    watching.check(watch)
+    _check_flags(jobs, random, seed)
+    points = space.sample(grid, random, seed or 0) if random else (
+        space.parse_grid(grid))
+    runs = _runs(config, points, seeds)
     from bpjax.train.folder import summary as summary_lib
     from bpjax.train.loop import (
       launch,  # Loads JAX, which a wrong value need not.
@@ -121,25 +113,28 @@ def sweep(
       if json.dumps(point) not in checked:
         checked.add(json.dumps(point))
         run_lib.make(run_config)
+    if jobs > 1:
+      _check_device()
   except ValueError as error:
     streams.complain(f'error: {error}')
     return 2
-  failed = 0
+  names = [folder_name(point, run_seed) for point, run_seed, _ in runs]
+  waiting = [
+      jobs_lib.Job(name, os.path.join(workdir, name), run_config)
+      for name, (_, _, run_config) in zip(names, runs)]
+  try:
+    codes = _train(waiting, jobs, watch, launch.launch)
+  except jobs_lib.Stopped as stopped:
+    return stopped.exit_code  # By a signal: the same command goes on.
   results = []
-  for i, (point, seed, run_config) in enumerate(runs):
-    name = folder_name(point, seed)
-    streams.put('stderr', f'[{i + 1}/{len(runs)}] {name}')
-    folder = os.path.join(workdir, name)
-    code = launch.launch(run_config, folder, quiet=True)
-    summary = None if code else workdir_lib.read_summary(folder)
-    if code == 130 or (code == 0 and summary is None):
-      return code  # Stopped by a signal: the same command goes on.
-    failed += code != 0
+  for i, (point, run_seed, _) in enumerate(runs):
+    summary = None if codes[i] else workdir_lib.read_summary(waiting[i].folder)
     results.append(
-        {'point': point, 'seed': seed, 'folder': name, 'exit_code': code,
-         **_numbers(summary or {}),
+        {'point': point, 'seed': run_seed, 'folder': names[i],
+         'exit_code': codes[i], **_numbers(summary or {}),
          **{k: (summary or {}).get(k) for k in ('wall_time', 'device_kind')}})
   points = _compare(results)
+  drawn = {'random': {'points': random, 'seed': seed or 0}} if random else {}
   try:
     with workdir_lib.disk(f'sweep.json in {workdir} cannot be written'):
       os.makedirs(workdir, exist_ok=True)
@@ -147,26 +142,71 @@ def sweep(
       with open(path, 'w', encoding='utf-8') as file:
         json.dump({
             'command': ' '.join(['python -m experiments.sweep', *sys.argv[1:]]),
-            'config': config_lib.to_json(config), 'grid': list(grid),
+            'config': config_lib.to_json(config), 'grid': list(grid), **drawn,
             'versions': summary_lib.versions(), 'points': points,
-            'runs': results}, file, indent=1)
+            'tests': _tests(results), 'runs': results}, file, indent=1)
   except workdir_lib.DiskError as error:
     streams.complain(f'error: {error}')
     return streams.DISK_ERROR
-  _print(points)
+  _print(points, _tests(results, first_only=True), bool(random))
   for result in results:
     if result['exit_code']:
       print(
           f'error: {result["folder"]} failed with exit code '
           f'{result["exit_code"]}; its log.txt says why', file=sys.stderr)
-  return 1 if failed else 0
+  return 1 if any(codes) else 0
 
 
-def _runs(config, grid, seeds):
+def _check_flags(jobs, random, seed):
+  """Raises ValueError for numbers that make no sense."""
+  if not 1 <= jobs <= _MOST_JOBS:
+    raise ValueError(
+        f'`jobs` must be from 1 to {_MOST_JOBS} runs at a time, got {jobs}.')
+  if random < 0:
+    raise ValueError(
+        f'`random` must be a number of points, or 0 for all, got {random}.')
+  if seed is not None and not random:
+    raise ValueError(
+        '`seed` is that of --random, which is not given; the seeds of the runs '
+        'are --seeds=0,1,2.')
+  if seed is not None and seed < 0:
+    raise ValueError(f'`seed` must be at least 0, got {seed}.')
+
+
+def _check_device():
+  """Raises ValueError where processes cannot share the device."""
+  import jax
+  if jax.default_backend() != 'cpu':
+    raise ValueError(
+        f'`jobs` must be 1 on a {jax.default_backend()}, which processes do '
+        'not share; leave it out, or set JAX_PLATFORMS=cpu.')
+
+
+def _train(waiting, jobs, watch, launch):
+  """The exit codes of all runs, in their order; raises Stopped."""
+  many = len(waiting)
+  say = lambda i, line: streams.put('stderr', f'[{i + 1}/{many}] {line}')
+  codes, rest = {}, []
+  for i, job in enumerate(waiting):
+    # A finished run needs no process that finds it finished.
+    if jobs > 1 and workdir_lib.read_summary(job.folder) is None:
+      rest.append((i, job))
+      continue
+    say(i, job.name)
+    codes[i] = launch(job.config, job.folder, quiet=True, watch=watch)
+    if codes[i] == 130 or (
+        codes[i] == 0 and workdir_lib.read_summary(job.folder) is None):
+      raise jobs_lib.Stopped(codes[i])
+  if rest:
+    codes |= jobs_lib.run_all(rest, min(jobs, len(rest)), watch, say)
+  return [codes[i] for i in range(many)]
+
+
+def _runs(config, points, seeds):
   """(point, seed, config) of every run; refused before any of them starts."""
   seeds = list(dict.fromkeys(seeds)) or [str(config.seed)]
   runs = []
-  for point, seed in itertools.product(parse_grid(grid), seeds):
+  for point, seed in itertools.product(points, seeds):
     run_config = flags_lib.override(config, {**point, 'seed': seed})
     config_lib.check(run_config)
     runs.append((point, run_config.seed, run_config))
@@ -177,18 +217,6 @@ def _runs(config, grid, seeds):
         f'`grid` must give every run its own folder, got {twice!r} twice; use '
         'values that differ in letters and digits.')
   return runs
-
-
-def _split(text):
-  """Splits at commas outside brackets."""
-  parts, depth = [''], 0
-  for character in text:
-    depth += (character in '([{') - (character in ')]}')
-    if character == ',' and depth == 0:
-      parts.append('')
-    else:
-      parts[-1] += character
-  return parts
 
 
 def _numbers(summary: Mapping[str, Any]) -> dict[str, float | None]:
@@ -206,12 +234,16 @@ def _numbers(summary: Mapping[str, Any]) -> dict[str, float | None]:
   return numbers | {'alignment': statistics.fmean(cosines) if cosines else None}
 
 
+def _by_point(results):
+  """The results of each point, in order."""
+  groups = itertools.groupby(results, lambda r: json.dumps(r['point']))
+  return [list(group) for _, group in groups]
+
+
 def _compare(results):
   """Mean, standard deviation (over n - 1) and number of seeds, per point."""
   points = []
-  by_point = lambda result: json.dumps(result['point'])
-  for _, group in itertools.groupby(results, by_point):
-    group = list(group)
+  for group in _by_point(results):
     row = {'point': group[0]['point'], 'seeds': [r['seed'] for r in group]}
     for column in _COLUMNS:
       values = [r[column] for r in group if r[column] is not None]
@@ -223,32 +255,102 @@ def _compare(results):
   return points
 
 
-def _print(points):
+def _tests(results, first_only=False):
+  """Paired tests between points over seeds, of every column that has any.
+
+  Those of a column are corrected together; see `comparison.pairs`.
+  """
+  tests = {}
+  for column in _COLUMNS:
+    rows = [{r['seed']: r[column] for r in group}
+            for group in _by_point(results)]
+    found = comparison.pairs(rows, first_only)
+    if any(t['n'] > 1 for t in found):
+      tests[column] = found
+  return tests
+
+
+def _print(points, tests, by_random):
   """A table on a terminal, else a line per point."""
+  columns = [
+      c for c in _COLUMNS if c not in _AT_TIMES
+      or c == 'validation_accuracy' and any(p[c]['n'] for p in points)
+      or c == 'test_loss' and not any(p['test_accuracy']['n'] for p in points)]
+  against, column = _against(points, tests)
+  title = f'{column} against {_label(points[0]["point"])}'
+  order = range(len(points))
+  validated = any(p['validation_accuracy']['n'] for p in points)
+  if by_random and validated:  # The best first: chosen on validation examples.
+    mean = lambda i: points[i]['validation_accuracy']['mean']
+    order = sorted(order, key=lambda i: -1 if mean(i) is None else mean(i),
+                   reverse=True)
   console = rich.console.Console()
   if not console.is_terminal:
-    for row in points:
-      cells = (f'{c} {_cell(c, row[c])}' for c in _COLUMNS)
-      print(f'{_label(row["point"])}: {", ".join(cells)}')
-    return
-  table = rich.table.Table('point', *_COLUMNS)
-  for row in points:
-    table.add_row(_label(row['point']), *(_cell(c, row[c]) for c in _COLUMNS))
-  console.print(table)
+    for i in order:
+      cells = [f'{c} {_cell(c, points[i][c])}' for c in columns]
+      if against[i]:
+        cells.append(f'{title} {against[i]}')
+      print(f'{_label(points[i]["point"])}: {", ".join(cells)}')
+  else:
+    shown = any(against)
+    table = rich.table.Table('point', *columns, *[title] * shown)
+    for i in order:
+      table.add_row(
+          _label(points[i]['point']), *(_cell(c, points[i][c]) for c in columns),
+          *[against[i]] * shown)
+    console.print(table)
+  if by_random and not validated:
+    streams.put(
+        'stderr', 'no run has validation examples: choose no setting by its '
+        'test accuracy, but with --config.validation=N')
+
+
+def _against(points, tests):
+  """How each point differs from the first one, and in which column."""
+  column = next((c for c in ('test_accuracy', 'test_loss') if c in tests), '')
+  texts = [''] * len(points)
+  for test in tests.get(column, ()):
+    texts[test['b']] = difference_text(column, test)
+  return texts, column
+
+
+def difference_text(column: str, test: Mapping[str, Any]) -> str:
+  """A paired test in words; '' where there were not two pairs.
+
+  Example:
+    >>> difference_text('test_accuracy', {
+    ...     'n': 3, 'difference': .03, 'low': .005, 'high': .055, 'p_holm': .035,
+    ...     'd_z': 3.})
+    '+3.00% [+0.50, +5.50] (p 0.035, d_z 3.0, n=3)'
+  """
+  if test['n'] < 2:
+    return ''
+  scale, unit, digits = _format(column)
+  text = f'{test["difference"] * scale:+.{digits}f}{unit}'
+  if test['p_holm'] is None:
+    return f'{text} (n={test["n"]})'
+  low, high = (f'{test[k] * scale:+.{digits}f}' for k in ('low', 'high'))
+  return (f'{text} [{low}, {high}] (p {test["p_holm"]:.2g}, '
+          f'd_z {test["d_z"]:.1f}, n={test["n"]})')
 
 
 def _label(point):
   return ', '.join(f'{k}={v}' for k, v in point.items()) or 'config'
 
 
+def _format(column):
+  """Factor, unit and digits of a column's numbers."""
+  return {
+      'median_step_time': (1e3, ' ms', 3), 'alignment': (1, '', 3),
+      'test_loss': (1, '', 4)}.get(column, (100, '%', 2))
+
+
 def _cell(column, number):
   if number['mean'] is None:
     return '-'
-  scale, unit, digits = {
-      'median_step_time': (1e3, ' ms', 3), 'alignment': (1, '', 3),
-  }.get(column, (100, '%', 2))
-  std = math.nan if number['std'] is None else number['std']
-  spread = '' if math.isnan(std) else f' +- {std * scale:.{digits}f}'
+  scale, unit, digits = _format(column)
+  spread = '' if number['std'] is None else (
+      f' +- {number["std"] * scale:.{digits}f}')
   return f'{number["mean"] * scale:.{digits}f}{spread}{unit} (n={number["n"]})'
 
 
@@ -256,7 +358,9 @@ def main(argv: list[str]) -> None:
   del argv
   logging.set_verbosity(logging.ERROR)
   sys.exit(sweep(
-      main_lib.CONFIG.value, main_lib.WORKDIR.value, _GRID.value, _SEEDS.value))
+      main_lib.CONFIG.value, main_lib.WORKDIR.value, _GRID.value, _SEEDS.value,
+      jobs=_JOBS.value, random=_RANDOM.value, seed=_SEED.value,
+      watch=main_lib.WATCH.value))
 
 
 if __name__ == '__main__':

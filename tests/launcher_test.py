@@ -22,6 +22,7 @@ from bpjax.train.loop import progress
 from bpjax.train.loop import run as run_lib
 from bpjax.train.loop import step as step_lib
 from experiments import config as flags_lib
+from experiments import space
 from experiments import sweep as sweep_lib
 import jax
 import jax.numpy as jnp
@@ -993,13 +994,13 @@ assert launch.launch(config, {str(self.tmp / 'odd')!r}) == 2
 class SweepTest(parameterized.TestCase):
 
   def test_grid(self):
-    assert sweep_lib.parse_grid([]) == [{}]
-    assert sweep_lib.parse_grid(['a=1,2', 'b=(3,4),5']) == [
+    assert space.parse_grid([]) == [{}]
+    assert space.parse_grid(['a=1,2', 'b=(3,4),5']) == [
         {'a': '1', 'b': '(3,4)'}, {'a': '1', 'b': '5'},
         {'a': '2', 'b': '(3,4)'}, {'a': '2', 'b': '5'}]
     for grid in (['a'], ['a=1,'], ['a=1', 'a=2'], ['seed=1']):
       with pytest.raises(ValueError, match='`grid` must'):
-        sweep_lib.parse_grid(grid)
+        space.parse_grid(grid)
 
   def test_compares_seeds_and_goes_on_after_a_failure(self):
     with pytest.MonkeyPatch.context() as patch:

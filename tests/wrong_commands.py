@@ -162,6 +162,23 @@ _SWEEPS = [
     (['--grid=learning_rate=1e-3,nan'], 'learning_rate'),
     (['--grid=rule_args.scal=1'], 'rule_args.scal'),
     (["--grid=frozen=('Dense_0',),('Dense_8',)"], 'Dense_8'),
+    (['--jobs=0'], 'jobs'), (['--jobs=-1'], 'jobs'), (['--jobs=x'], 'jobs'),
+    (['--jobs=99999'], 'at most|to 1024'), (['--watch=tensorbord'], 'did you mean'),
+    (['--random=3'], 'to draw from'), (['--random=-1', '--grid=epochs=1,2'], 'random'),
+    (['--random=x'], 'random'), (['--random=3', '--grid=epochs=1,2'], 'the 2 points'),
+    (['--random=9', '--grid=epochs=int:1:4'], 'the 4 points'),
+    (['--seed=1', '--grid=epochs=1,2'], '--seeds'),
+    (['--random=1', '--seed=-1', '--grid=epochs=1,2'], '`seed`'),
+    (['--grid=learning_rate=log:1e-4:1e-1'], '--random'),
+    (['--random=2', '--grid=learning_rate=log:0:1'], 'above 0'),
+    (['--random=2', '--grid=learning_rate=log:1:1e-3'], 'the lower end first'),
+    (['--random=2', '--grid=learning_rate=log:1e-3'], 'uniform:0:.5'),
+    (['--random=2', '--grid=learning_rate=uniform:nan:1'], 'a range such as'),
+    (['--random=2', '--grid=epochs=int:1.5:3'], 'int:1:8'),
+    (['--random=2', '--grid=epochs=int:1:3,7'], 'one range'),
+    (['--random=2', '--grid=epochs=uniform:1:3'], 'epochs'),
+    (['--random=2', '--grid=lerning_rate=log:1e-4:1e-1'], 'did you mean `learning_rate`'),
+    (['--random=2', '--grid=rule_args.scal=uniform:1:2'], 'rule_args.scal'),
 ]
 
 

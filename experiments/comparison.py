@@ -12,7 +12,42 @@ import math
 import statistics
 from typing import Any
 
+# The numbers of a run that are compared.
+COLUMNS = (
+    'test_accuracy', 'validation_accuracy', 'train_accuracy', 'test_loss',
+    'median_step_time', 'alignment')
 _CONFIDENCE = .95
+
+
+def numbers(summary: Mapping[str, Any]) -> dict[str, float | None]:
+  """The columns of one run, from its summary.
+
+  The alignment is the mean of `teaching` over all units but the last, the
+  output unit, whose teaching signal is exact under every rule.
+
+  Example:
+    >>> numbers({'test_accuracy': .9})['test_accuracy']
+    0.9
+  """
+  measured = summary.get('alignment', {})
+  hidden = [unit for unit in summary.get('units', ()) if unit in measured][:-1]
+  cosines = [
+      measured[unit]['teaching'] for unit in hidden
+      if measured[unit].get('teaching') is not None]
+  found = {c: summary.get(c) for c in COLUMNS if c != 'alignment'}
+  return found | {'alignment': statistics.fmean(cosines) if cosines else None}
+
+
+def shown_as(column: str) -> tuple[float, str, int]:
+  """Factor, unit and digits of a column's numbers.
+
+  Example:
+    >>> shown_as('test_accuracy')
+    (100, '%', 2)
+  """
+  return {
+      'median_step_time': (1e3, ' ms', 3), 'alignment': (1, '', 3),
+      'test_loss': (1, '', 4)}.get(column, (100, '%', 2))
 
 
 def paired(

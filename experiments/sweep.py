@@ -58,9 +58,6 @@ _GRID = flags.DEFINE_multi_string(
 _RANDOM = flags.DEFINE_integer('random', 0, 'Points drawn at random; 0: all.')
 _SEED = flags.DEFINE_integer('seed', None, 'Of --random; default: 0.')
 _JOBS = flags.DEFINE_integer('jobs', 1, 'Runs at a time.')
-_COLUMNS = (
-    'test_accuracy', 'validation_accuracy', 'train_accuracy', 'test_loss',
-    'median_step_time', 'alignment')
 # In the table only where there is one: what is here or not by the config.
 _AT_TIMES = ('validation_accuracy', 'test_loss')
 _MOST_JOBS = 1024
@@ -131,7 +128,7 @@ def sweep(
     summary = None if codes[i] else workdir_lib.read_summary(waiting[i].folder)
     results.append(
         {'point': point, 'seed': run_seed, 'folder': names[i],
-         'exit_code': codes[i], **_numbers(summary or {}),
+         'exit_code': codes[i], **comparison.numbers(summary or {}),
          **{k: (summary or {}).get(k) for k in ('wall_time', 'device_kind')}})
   points = _compare(results)
   drawn = {'random': {'points': random, 'seed': seed or 0}} if random else {}
@@ -219,21 +216,6 @@ def _runs(config, points, seeds):
   return runs
 
 
-def _numbers(summary: Mapping[str, Any]) -> dict[str, float | None]:
-  """The columns of one run.
-
-  The alignment is the mean of `teaching` over all units but the last, the
-  output unit, whose teaching signal is exact under every rule.
-  """
-  measured = summary.get('alignment', {})
-  hidden = [unit for unit in summary.get('units', ()) if unit in measured][:-1]
-  cosines = [
-      measured[unit]['teaching'] for unit in hidden
-      if measured[unit]['teaching'] is not None]
-  numbers = {c: summary.get(c) for c in _COLUMNS if c != 'alignment'}
-  return numbers | {'alignment': statistics.fmean(cosines) if cosines else None}
-
-
 def _by_point(results):
   """The results of each point, in order."""
   groups = itertools.groupby(results, lambda r: json.dumps(r['point']))
@@ -245,7 +227,7 @@ def _compare(results):
   points = []
   for group in _by_point(results):
     row = {'point': group[0]['point'], 'seeds': [r['seed'] for r in group]}
-    for column in _COLUMNS:
+    for column in comparison.COLUMNS:
       values = [r[column] for r in group if r[column] is not None]
       row[column] = {
           'mean': statistics.fmean(values) if values else None,
@@ -261,7 +243,7 @@ def _tests(results, first_only=False):
   Those of a column are corrected together; see `comparison.pairs`.
   """
   tests = {}
-  for column in _COLUMNS:
+  for column in comparison.COLUMNS:
     rows = [{r['seed']: r[column] for r in group}
             for group in _by_point(results)]
     found = comparison.pairs(rows, first_only)
@@ -273,7 +255,7 @@ def _tests(results, first_only=False):
 def _print(points, tests, by_random):
   """A table on a terminal, else a line per point."""
   columns = [
-      c for c in _COLUMNS if c not in _AT_TIMES
+      c for c in comparison.COLUMNS if c not in _AT_TIMES
       or c == 'validation_accuracy' and any(p[c]['n'] for p in points)
       or c == 'test_loss' and not any(p['test_accuracy']['n'] for p in points)]
   against, column = _against(points, tests)
@@ -325,7 +307,7 @@ def difference_text(column: str, test: Mapping[str, Any]) -> str:
   """
   if test['n'] < 2:
     return ''
-  scale, unit, digits = _format(column)
+  scale, unit, digits = comparison.shown_as(column)
   text = f'{test["difference"] * scale:+.{digits}f}{unit}'
   if test['p_holm'] is None:
     return f'{text} (n={test["n"]})'
@@ -338,17 +320,10 @@ def _label(point):
   return ', '.join(f'{k}={v}' for k, v in point.items()) or 'config'
 
 
-def _format(column):
-  """Factor, unit and digits of a column's numbers."""
-  return {
-      'median_step_time': (1e3, ' ms', 3), 'alignment': (1, '', 3),
-      'test_loss': (1, '', 4)}.get(column, (100, '%', 2))
-
-
 def _cell(column, number):
   if number['mean'] is None:
     return '-'
-  scale, unit, digits = _format(column)
+  scale, unit, digits = comparison.shown_as(column)
   spread = '' if number['std'] is None else (
       f' +- {number["std"] * scale:.{digits}f}')
   return f'{number["mean"] * scale:.{digits}f}{spread}{unit} (n={number["n"]})'

@@ -142,7 +142,7 @@ def test_points_are_tested_in_pairs_over_seeds(capfd):
   values = {'a': [.5, .6, .7], 'b': [.55, .68, .75], 'c': [.9, None, .2]}
   results = [
       {'point': {'rule': rule}, 'seed': seed,
-       **dict.fromkeys(sweep_lib._COLUMNS), 'test_accuracy': value}
+       **dict.fromkeys(comparison.COLUMNS), 'test_accuracy': value}
       for rule, row in values.items() for seed, value in enumerate(row)]
   tests = sweep_lib._tests(results)
   assert set(tests) == {'test_accuracy'}
@@ -259,7 +259,7 @@ def test_a_search_says_that_settings_are_not_chosen_on_test_examples(
   number = lambda mean, n=1: {'mean': mean, 'std': None, 'n': n}
   points = [
       {'point': {'learning_rate': str(i)},
-       **{c: number(None, 0) for c in sweep_lib._COLUMNS},
+       **{c: number(None, 0) for c in comparison.COLUMNS},
        'test_accuracy': number(.5 + i / 10), 'validation_accuracy': number(v)}
       for i, v in enumerate((.3, .2, .4))]
   sweep_lib._print(points, {}, True)

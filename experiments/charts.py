@@ -99,7 +99,8 @@ def axis(
 
 def lines(
     curves: Sequence[Curve], x: Axis, y: Axis, *, title: str, x_label: str,
-    size: tuple[int, int] = (440, 250), markers: bool = False) -> str:
+    size: tuple[int, int] = (440, 250), markers: bool = False,
+    most: int = _MOST_POINTS) -> str:
   """One panel: grid, ticks, bands of spread, and the curves.
 
   Args:
@@ -109,6 +110,7 @@ def lines(
     x_label: what x is.
     size: width and height, in the page's pixels before it is scaled.
     markers: a dot at every point.
+    most: points of a curve; of more, some are left out.
 
   Returns:
     The `<svg>` element.
@@ -137,8 +139,10 @@ def lines(
       f'<text class="tick" x="{right}" y="{height - 3}" text-anchor="end">'
       f'{html.escape(x_label)}</text>')
   for curve in reversed(curves):
-    points = _thinned(curve.points)
-    place = lambda v, w: f'{at_x(v):.1f} {at_y(w):.2f}'
+    points = _thinned(curve.points, most)
+    # A reader of values wants what the eye cannot see.
+    digits = 2 if most == _MOST_POINTS else 1
+    place = lambda v, w: f'{at_x(v):.1f} {at_y(w):.{digits}f}'
     if any(low < high for _, _, low, high in points):
       edge = [place(p[0], min(p[3], y.high)) for p in points] + [
           place(p[0], max(p[2], y.low)) for p in reversed(points)]
@@ -182,8 +186,8 @@ def interval(
           '</svg>')
 
 
-def _thinned(points):
-  """At most so many of the points, the last one always."""
-  stride = -(-len(points) // _MOST_POINTS)
+def _thinned(points, most=_MOST_POINTS):
+  """At most so many of the points, and the last one always."""
+  stride = -(-len(points) // most)
   kept = list(points[::stride])
   return kept if kept[-1] == points[-1] else [*kept, points[-1]]

@@ -73,7 +73,7 @@ def run_all(
   Raises:
     Stopped: once all have stopped, where a signal asked for it.
   """
-  crew = _Crew(watch, say)
+  crew = _Crew(watch, say, _environment())
   rest, lock = iter(jobs), threading.Lock()
   codes = {}
 
@@ -102,8 +102,9 @@ def run_all(
 class _Crew:
   """The processes that run now, and whether they were asked to stop."""
 
-  def __init__(self, watch, say):
+  def __init__(self, watch, say, environment):
     self._watch, self._say = list(watch), say
+    self._environment = environment
     self._lock = threading.RLock()  # A second signal meets the first one's.
     self._running: set[subprocess.Popen] = set()
     self.stopped: int | None = None  # The exit code of what asked.
@@ -138,7 +139,7 @@ class _Crew:
       process = subprocess.Popen(
           _COMMAND, stdin=subprocess.PIPE,
           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-          start_new_session=True, env=_environment())
+          start_new_session=True, env=self._environment)
       self._running.add(process)
     assert process.stdin and process.stderr
     with process.stderr:
@@ -163,18 +164,32 @@ class _Crew:
     return code if code >= 0 else 128 - code
 
 
+def _cores():
+  """The cores that this process may use; None where nobody can tell."""
+  if not hasattr(os, 'sched_setaffinity'):
+    return None
+  return sorted(os.sched_getaffinity(0))
+
+
 def _shares(processes):
   """The cores of each process; None where a system has no such thing."""
-  if not hasattr(os, 'sched_setaffinity'):
+  cores = _cores()
+  if cores is None:
     return [None] * processes
-  cores = sorted(os.sched_getaffinity(0))
   return [
       cores[i::processes] or [cores[i % len(cores)]] for i in range(processes)]
 
 
 def _environment():
-  path = filter(None, [_ROOT, os.environ.get('PYTHONPATH')])
-  return {**os.environ, 'PYTHONPATH': os.pathsep.join(path)}
+  """The environment of a process."""
+  environment, cores = dict(os.environ), _cores()
+  path = filter(None, [_ROOT, environment.get('PYTHONPATH')])
+  environment['PYTHONPATH'] = os.pathsep.join(path)
+  if cores is not None:
+    # XLA cuts large sums by the number of its threads, which decides their last
+    # bits: as many as a run would have that had all cores, on fewer of them.
+    environment.setdefault('NPROC', str(len(cores)))
+  return environment
 
 
 def _order(job, watch):

@@ -36,6 +36,7 @@ _HERE = pathlib.Path(__file__).resolve().parent
 _DEPTH = 3  # Folders in folders that are looked into.
 _COLOURS = 11  # Of report.css, beside that of backprop.
 _DASHES = ('', '7 4', '2 4', '9 3 2 3')
+_SMALL = {'size': (330, 210), 'most': 60}  # Charts of a unit.
 _MOST_PANELS = 12  # Of a measure of every unit; more are folded.
 _POLICY = ("default-src 'none'; style-src 'unsafe-inline'; "
            "script-src 'unsafe-inline'")
@@ -416,7 +417,7 @@ def _panel(curves, caption, label, small=False, **axis):
   x = charts.axis([p[0] for c in curves for p in c.points], count=6, pad=0)
   chart = charts.lines(
       curves, x, charts.axis(values, **axis), title=caption, x_label=label,
-      size=(330, 210) if small else (440, 250))
+      **(_SMALL if small else {}))
   return f'<figure><figcaption>{_e(caption)}</figcaption>{chart}</figure>'
 
 
@@ -519,7 +520,7 @@ def _unit_panel(curves, unit, span):
   x = charts.axis([p[0] for c in curves for p in c.points], count=6, pad=0)
   y = charts.axis([span['least'], span['most']], **span)
   chart = charts.lines(
-      curves, x, y, title=unit, x_label='epoch', size=(330, 210))
+      curves, x, y, title=unit, x_label='epoch', **_SMALL)
   return f'<figure><figcaption>{_e(unit)}</figcaption>{chart}</figure>'
 
 
@@ -544,7 +545,7 @@ def _depth_panel(curves, units, span, cosine):
       charts.axis([p[1] for c in curves for p in c.points], **span))
   chart = charts.lines(
       curves, x, y, title='at the end, by unit', x_label='unit',
-      size=(330, 210), markers=True)
+      markers=True, **_SMALL)
   return ('<figure><figcaption>at the end, from the first unit to the last'
           f'</figcaption>{chart}</figure>')
 
@@ -647,20 +648,27 @@ def _configs(rows):
 
 def _environment(rows):
   """Versions, devices and data; a column for each that there was."""
-  kinds = {}
-  for row in rows:
-    for run in row.runs:
-      s = run.summary
-      values = {
-          'device': f'{s["device_count"]} x {s["device_kind"]}'
-          if s.get('device_kind') else _nested(run, 'machine', 'device_kind'),
-          'jax': _nested(run, 'machine', 'jax'),
-          'jaxlib': _nested(run, 'machine', 'jaxlib'),
-          **(s.get('versions') if isinstance(s.get('versions'), dict) else {}),
-          'commit': s.get('git_commit'), 'data': s.get('data_source'),
-          'data fingerprint': _nested(run, 'data', 'fingerprint')}
-      kinds.setdefault(json.dumps(values), (values, []))[1].append(run)
-  columns = list(kinds.values())
+  columns = []
+  runs = [run for row in rows for run in row.runs]
+  # One that is not finished says less, and may go with any that agrees.
+  for run in sorted(runs, key=lambda r: not r.summary):
+    s = run.summary
+    versions = s.get('versions')
+    values = {
+        'device': _nested(run, 'machine', 'device_kind') or s.get('device_kind'),
+        'devices': _nested(run, 'machine', 'device_count') or s.get(
+            'device_count'),
+        **(versions if isinstance(versions, dict) else {}),
+        'jax': _nested(run, 'machine', 'jax'),
+        'jaxlib': _nested(run, 'machine', 'jaxlib'),
+        'commit': s.get('git_commit'), 'data': s.get('data_source'),
+        'data fingerprint': _nested(run, 'data', 'fingerprint')}
+    for known, group in columns:
+      if all(v is None or v == known.get(k) for k, v in values.items()):
+        group.append(run)
+        break
+    else:
+      columns.append((values, [run]))
   names = list(dict.fromkeys(k for values, _ in columns for k in values))
   head = '<th class="t">what</th>' + ''.join(
       f'<th class="t">{len(runs)} run{"s" * (len(runs) > 1)}</th>'
@@ -697,7 +705,7 @@ def _runs(rows):
       time = '&ndash;' if seconds is None else f'{seconds:,.0f} s'
       body += (f'<tr><td class="t wrap"><code>{_e(run.path)}</code></td>'
                f'<td class="t wrap">{_named(row)}</td>'
-               f'<td>{run.config["seed"]}</td><td class="t">{state}</td>'
+               f'<td>{run.config["seed"]}</td><td class="t">{_e(state)}</td>'
                f'<td>{time}</td></tr>')
   count = sum(len(row.runs) for row in rows)
   return (f'<section><h2>Runs</h2><details><summary>{count} folder'

@@ -355,7 +355,9 @@ class Workdir:
     for name, watcher in list(self._watchers.items()):
       try:
         getattr(watcher, what)(*args)
-      except Exception as error:  # pylint: disable=broad-except
+      except Exception as error:
+        if isinstance(error, MemoryError):  # Says nothing of the watcher.
+          raise
         del self._watchers[name]
         with contextlib.suppress(Exception):
           watcher.close()

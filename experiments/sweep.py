@@ -186,7 +186,8 @@ def _train(waiting, jobs, watch, launch):
   codes, rest = {}, []
   for i, job in enumerate(waiting):
     # A finished run needs no process that finds it finished.
-    if jobs > 1 and workdir_lib.read_summary(job.folder) is None:
+    summary = workdir_lib.read_summary(job.folder)
+    if jobs > 1 and (summary or {}).get('epochs') != job.config.epochs:
       rest.append((i, job))
       continue
     say(i, job.name)

@@ -123,9 +123,9 @@ class TensorBoard:
     self._writer = None
 
   def begin(self, lines: Sequence[Line]) -> None:
-    from tensorboardX import event_file_writer
-    from tensorboardX import summary
-    from tensorboardX.proto import event_pb2
+    event_file_writer, summary = (
+        _module('event_file_writer'), _module('summary'))
+    log = _module('proto.event_pb2').SessionLog
     self._forget()
     if os.path.islink(self._folder):
       raise OSError(f'{self._folder} is a symbolic link')
@@ -136,18 +136,17 @@ class TensorBoard:
     self._writer = event_file_writer.EventsWriter(
         os.path.join(self._folder, 'events'), f'.{os.getpid()}{_OURS}')
     # A TensorBoard that is looking on drops what it has read of the old file.
-    self._write(session_log=event_pb2.SessionLog(
-        status=event_pb2.SessionLog.START), step=0)
+    self._write(session_log=log(status=log.START), step=0)
     self._write(summary=summary.text('config', _markdown(self._config)), step=0)
     self.add(lines)
 
   def add(self, lines: Sequence[Line]) -> None:
-    from tensorboardX.proto import summary_pb2
+    summary = _module('proto.summary_pb2').Summary
     for line in lines:
-      found = [summary_pb2.Summary.Value(tag=tag, simple_value=value)
+      found = [summary.Value(tag=tag, simple_value=value)
                for tag, value in scalars(line).items()]
       if found:
-        self._write(summary=summary_pb2.Summary(value=found), step=line['step'])
+        self._write(summary=summary(value=found), step=line['step'])
     self._writer.flush()
 
   def close(self) -> None:
@@ -160,8 +159,8 @@ class TensorBoard:
       self.close()
 
   def _write(self, **event):
-    from tensorboardX.proto import event_pb2
-    self._writer.write_event(event_pb2.Event(wall_time=time.time(), **event))
+    self._writer.write_event(_module('proto.event_pb2').Event(
+        wall_time=time.time(), **event))
 
 
 class WeightsAndBiases:
@@ -217,6 +216,11 @@ def _require(package, program):
     raise Missing(
         f'`watch` of {program} needs the package {package}, which is not '
         f'installed; `pip install {package}`, or leave it out of --watch')
+
+
+def _module(name):
+  """A part of tensorboardX, imported when it is first used."""
+  return importlib.import_module(f'tensorboardX.{name}')
 
 
 def _by_step(lines: Iterable[Line]) -> dict[int, dict[str, float]]:

@@ -5,7 +5,11 @@
   3  a loss, a weight or feedback was not finite
   4  the disk, the folder or standard output could not be written to or read;
      once they can, the same command goes on
+  5  another process of the run did not come, or is gone; once all are started
+     again, the same commands go on
 130  stopped by Ctrl-C, and the same command goes on
+
+Of several processes all end with the code of the first that ends.
 """
 
 from __future__ import annotations
@@ -13,8 +17,10 @@ from __future__ import annotations
 import contextlib
 import json
 import time
+import traceback
 
 from bpjax.train import config as config_lib
+from bpjax.train import hosts as hosts_lib
 from bpjax.train.folder import checkpoint
 from bpjax.train.folder import environment
 from bpjax.train.folder import streams
@@ -30,8 +36,8 @@ class _Refused(Exception):
 
 
 def launch(
-    config: ml_collections.ConfigDict, workdir: str, quiet: bool = False
-) -> int:
+    config: ml_collections.ConfigDict, workdir: str, quiet: bool = False,
+    processes: hosts_lib.Asked | None = None) -> int:
   """Trains, or goes on training, in a folder.
 
   A run that is finished is not trained again; its summary is printed.
@@ -40,6 +46,8 @@ def launch(
     config: the run's config.
     workdir: the run's folder.
     quiet: do not print the summary.
+    processes: how several processes find each other; None: this one is alone,
+      or has called `jax.distributed.initialize`.
 
   Returns:
     The exit code.
@@ -51,14 +59,21 @@ def launch(
   """
   begin = time.perf_counter()
   with contextlib.ExitStack() as stack:
-    complain = streams.complain
+    complain, hosts = streams.complain, hosts_lib.Hosts()
+    end = lambda code, sentence: hosts.end(code, sentence, complain)
     try:
       stopper = stack.enter_context(progress.Stopper())
       with _refusing():
-        folder = stack.enter_context(workdir_lib.Workdir(workdir))
+        hosts = hosts_lib.meet(processes, config.batch_size)
+        stopper.together, stopper.leaving = hosts.count > 1, hosts.end
+        folder = stack.enter_context(
+            workdir_lib.Follower(workdir, hosts.index) if hosts.index
+            else workdir_lib.Workdir(workdir))
       complain, stopper.say = folder.complain, folder.urgent
-      _finish(config, folder, stopper, begin)
-      if not quiet:
+      hosts.say = folder.urgent
+      _finish(config, folder, stopper, begin, hosts)
+      hosts.close()
+      if not quiet and not hosts.index:
         failure = streams.put(
             'stdout', json.dumps(folder.summary(), indent=2))
         if failure:
@@ -66,17 +81,24 @@ def launch(
                    f'summary is in {folder.path}.')
           return streams.DISK_ERROR
     except _Refused as error:
-      complain(f'error: {error}')
-      return 2
+      return end(2, f'error: {error}')
     except run_lib.NonFiniteError as error:
-      complain(f'error: {error}')
-      return 3
-    except workdir_lib.DiskError as error:
-      complain(f'error: {error}')
-      return streams.DISK_ERROR
+      return end(3, f'error: {error}')
     except progress.Interrupted as error:
-      complain(progress.STOPPED.format(error.signal))
-      return error.exit_code
+      return end(error.exit_code, progress.STOPPED.format(error.signal))
+    except Exception as error:
+      # An error of a checkpoint, too, may come of it.
+      if hosts.is_gone(error):
+        return end(hosts_lib.GONE, hosts_lib.LOST)
+      if isinstance(error, workdir_lib.DiskError):
+        return end(streams.DISK_ERROR, f'error: {error}')
+      if hosts.count == 1:
+        raise
+      # Python's own end would wait for threads that wait for the others.
+      text = traceback.format_exc()
+      hosts.end(1, f'error: {type(error).__name__}: {error}')
+      streams.complain(text)
+      return 1
   return 0
 
 
@@ -88,17 +110,19 @@ def _refusing():
     raise _Refused(str(error)) from error
 
 
-def _finish(config, folder, stopper, begin):
+def _finish(config, folder, stopper, begin, hosts):
   """Does what is left of a run; nothing where it is finished."""
   with contextlib.ExitStack() as stack:
     with _refusing():
-      ready = _prepare(config, folder, stack)
+      ready = _prepare(config, folder, stack, hosts)
     if ready is None:
       return
     run, checkpoints, state, step = ready
     state, seconds = run_lib.train(run, checkpoints, state, step, stopper)
   summary = summary_lib.summarise(
       run, state, seconds, wall_time=time.perf_counter() - begin)
+  if hosts.index:
+    return
   folder.finish(summary)
   accuracies = (
       f'test accuracy {summary["test_accuracy"]:.4f}, train accuracy '
@@ -109,16 +133,18 @@ def _finish(config, folder, stopper, begin):
       f'{accuracies}; try a smaller `learning_rate`, or `clip_norm`'))
 
 
-def _prepare(config, folder, stack):
+def _prepare(config, folder, stack, hosts):
   """What training needs; None for a run that is finished."""
   values = config_lib.to_json(config)
+  _check_equal(hosts, values, 'config')
   folder.check(values)
   folder.check_environment(environment.settings())
-  if folder.summary() is not None:
+  if hosts.first(lambda: folder.summary() is not None):
     folder.log(f'{folder.path} is finished; nothing to do')
     return None
-  run = run_lib.setup(config, folder)
+  run = run_lib.setup(config, folder, hosts)
   surroundings = environment.describe(run.dataset)
+  _check_equal(hosts, surroundings, 'surroundings')
   folder.check_environment(surroundings)
   folder.claim(values, surroundings)
   if run.dataset.tokenizer:
@@ -128,5 +154,15 @@ def _prepare(config, folder, stack):
     folder.log(f'{unit}: {rule}')
   checkpoints = stack.enter_context(checkpoint.Checkpoints(
       folder.checkpoints, config.keep_checkpoints, warn=folder.warn,
-      identity=folder.identity))
+      identity=folder.identity, hosts=hosts))
   return run, checkpoints, *run_lib.start(run, checkpoints)
+
+
+def _check_equal(hosts, values, what):
+  """Raises ValueError where a process was given other values than process 0."""
+  first, own = hosts.share(values)[0], json.loads(json.dumps(values))
+  text = config_lib.difference(first, own) if hosts.index else ''
+  if text:
+    raise ValueError(
+        f'every process must have the same {what} as process 0: {text}; start '
+        'all of them with the same command but for --process_id.')

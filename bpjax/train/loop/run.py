@@ -19,6 +19,7 @@ import bpjax
 from bpjax import paths
 from bpjax.train import config as config_lib
 from bpjax.train import data as data_lib
+from bpjax.train import hosts as hosts_lib
 from bpjax.train.data import augment as augment_lib
 from bpjax.train.data import feed as feed_lib
 from bpjax.train.data import generated
@@ -64,6 +65,7 @@ class Run:
     units: unit -> name of the rule that trains it.
     most: largest number of steps in one call.
     programs: the compiled `steps`, `evaluate` and (where asked for) `align`.
+    hosts: the processes that train it together.
   """
   config: ml_collections.ConfigDict
   folder: workdir_lib.Workdir
@@ -75,6 +77,7 @@ class Run:
   units: dict[str, str]
   most: int
   programs: dict[str, Any]
+  hosts: hosts_lib.Hosts = hosts_lib.Hosts()
 
   @property
   def total_steps(self) -> int:
@@ -155,7 +158,8 @@ def make(config: ml_collections.ConfigDict) -> tuple[Any, ...]:
 
 
 def setup(
-    config: ml_collections.ConfigDict, folder: workdir_lib.Workdir) -> Run:
+    config: ml_collections.ConfigDict, folder: workdir_lib.Workdir,
+    hosts: hosts_lib.Hosts = hosts_lib.Hosts()) -> Run:
   """Makes everything ready, and refuses whatever cannot work.
 
   Raises:
@@ -165,7 +169,7 @@ def setup(
   most, programs = _compile(config, learner, feed, like)
   return Run(
       config, folder, dataset, learner, feed, batch, like, learner.units(),
-      most, programs)
+      most, programs, hosts)
 
 
 def start(
@@ -189,6 +193,7 @@ def start(
   state = run.programs['init']()
   step, pace = 0, _Pace()
   while step < run.config.mirror_first:
+    pace.agree(run.hosts)
     count = pace.limit(run.config.mirror_first - step)
     with pace.of(count):
       state = jax.block_until_ready(run.programs['mirror'](
@@ -220,10 +225,16 @@ def train(
     DiskError: if the metrics, the log or a checkpoint cannot be written.
   """
   seconds, pace, begin = [], _Pace(), step
+
+  def check():
+    run.hosts.agree(stopper)
+    stopper.check()
+
   with stopper.deferring(), _written(checkpoints), progress_lib.Progress(
       run.folder.console, run.total_steps, step,
       run.config.batch_size) as progress:
     while True:
+      pace.agree(run.hosts, stopper)
       # What is saved is the state before its report: whoever goes on from there
       # makes the report again, so that a report may be broken off.
       saved = step == begin
@@ -234,7 +245,7 @@ def train(
         saved = True
       try:
         stopper.check()
-        state = _report(run, state, step, progress.speed(), stopper.check)
+        state = _report(run, state, step, progress.speed(), check)
       except progress_lib.Interrupted:
         if not saved:
           _save(run, checkpoints, state, step)
@@ -272,6 +283,12 @@ class _Pace:
 
   def __init__(self):
     self.seconds = _SECONDS_PER_CALL
+
+  def agree(
+      self, hosts: hosts_lib.Hosts,
+      stopper: progress_lib.Stopper | None = None) -> None:
+    """All processes take as many steps as the slowest can, and stop together."""
+    self.seconds = hosts.agree(stopper, self.seconds)
 
   def limit(self, most: int) -> int:
     """The number of steps of the next call, at most `most`."""
@@ -565,7 +582,7 @@ def _report(run, state, step, speed, check):
   if 'train' in kinds:
     lines.append(_line(run, step, 'train', **run.learner.task.metrics(
         jax.device_get(state.window))))
-    state = state._replace(window=jax.device_put(
+    state = state._replace(window=devices.put(
         step_lib.empty_window(), jax.tree.map(
             lambda x: x.sharding, run.like.window)))
   if 'alignment' in kinds:
@@ -575,7 +592,7 @@ def _report(run, state, step, speed, check):
       measured = evaluate(run, state, getattr(run.dataset, name), check)
       lines.append(_line(run, step, name, **measured))
       if name == 'validation' and run.config.schedule == 'plateau':
-        state = state._replace(opt_state=jax.device_put(
+        state = state._replace(opt_state=devices.put(
             optimizer.after_epoch(
                 run.config, state.opt_state, measured['loss']),
             jax.tree.map(lambda x: x.sharding, run.like.opt_state)))

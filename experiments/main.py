@@ -8,7 +8,8 @@ Several processes, on one host or many, train together, each started with
     --coordinator=HOST:PORT --num_processes=N --process_id=I
 
 or, under SLURM, Open MPI, a TPU pod or GKE, with --distributed; all are to come
-within --timeout seconds (300). See docs/hosts.md.
+within --timeout seconds (300), and one that gives no sign of life for
+--heartbeat seconds (100) counts as gone. See docs/hosts.md.
 
 Exit codes: 0, finished, or stopped by SIGTERM or SIGHUP; 2, refused; 3, a loss
 or a weight was not finite; 4, something could not be written or read; 5,
@@ -43,6 +44,9 @@ DISTRIBUTED = flags.DEFINE_bool(
     'Take the three from SLURM, Open MPI, a TPU pod or GKE.')
 TIMEOUT = flags.DEFINE_integer(
     'timeout', 300, 'Seconds to wait until all processes are there.')
+HEARTBEAT = flags.DEFINE_integer(
+    'heartbeat', 100,
+    'Seconds without a sign of life until a process counts as gone.')
 flags.mark_flags_as_required(['config', 'workdir'])
 
 
@@ -65,7 +69,7 @@ def main(argv: list[str]) -> None:
   logging.set_verbosity(logging.ERROR)  # Of libraries; a run has its own log.
   processes = hosts_lib.Asked(
       COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value,
-      DISTRIBUTED.value, TIMEOUT.value)
+      DISTRIBUTED.value, TIMEOUT.value, HEARTBEAT.value)
   try:
     config_lib.check(CONFIG.value)
     processes.check(CONFIG.value.batch_size)

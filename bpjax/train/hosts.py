@@ -38,8 +38,7 @@ GONE = 5  # The exit code where another process did not come, or is gone.
 _END, _LEFT, _SHARED = 'bpjax/end', 'bpjax/left', 'bpjax/shared'
 _LINGER = 5.  # Seconds in which the others may read why process 0 leaves.
 _DAY = 24 * 3600 * 1000  # Milliseconds.
-# Heartbeats of busy processes come late: not less than 10 seconds.
-_LEAST_HEARTBEAT, _MOST_HEARTBEAT = 10, 100
+_LEAST_HEARTBEAT = 5  # Those of busy processes come late.
 # What errors say when a process at the other end is gone.
 _SIGNS = (
     'gloo', 'nccl', 'coordination', 'distributed service', 'closed by peer',
@@ -47,6 +46,9 @@ _SIGNS = (
 LOST = (
     'error: another process of this run is gone; the same commands go on from '
     'the last checkpoint')
+
+
+_KEPT = []  # What C calls must not be freed.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Asked:
     distributed: whether to take the three from SLURM, Open MPI, a TPU pod or
       GKE, as `jax.distributed.initialize` finds them.
     timeout: seconds to wait until all are there.
+    heartbeat: seconds without a sign of life until a process counts as gone.
 
   Example:
     >>> Asked('10.0.0.1:1234', num_processes=2, process_id=0).check(128)
@@ -69,6 +72,7 @@ class Asked:
   process_id: int | None = None
   distributed: bool = False
   timeout: int = 300
+  heartbeat: int = 100
 
   @property
   def several(self) -> bool:
@@ -88,6 +92,10 @@ class Asked:
     if self.timeout < 1:
       raise ValueError(
           f'`timeout` must be at least 1 second, got {self.timeout}.')
+    if self.heartbeat < _LEAST_HEARTBEAT:
+      raise ValueError(
+          f'`heartbeat` must be at least {_LEAST_HEARTBEAT} seconds, since those '
+          f'of busy processes come late, got {self.heartbeat}.')
     if self.distributed and len(missing) < 3:
       raise ValueError(
           '`distributed` finds the other processes by itself, so that '
@@ -342,8 +350,7 @@ def _initialize(asked):
         **given,
         # Our own timer comes first, with one sentence.
         initialization_timeout=asked.timeout + 60,
-        heartbeat_timeout_seconds=min(
-            max(asked.timeout, _LEAST_HEARTBEAT), _MOST_HEARTBEAT))
+        heartbeat_timeout_seconds=asked.heartbeat)
   except ValueError as error:
     if asked.coordinator:
       raise
@@ -378,13 +385,14 @@ class _Native:
       os.dup2(self._file.fileno(), descriptor)
     streams.ERRORS = sys.stderr.fileno()
     self._gone: Callable[[], None] = self._leave
-    # Kept: C calls it. Python's own handlers would wait for the main thread.
+    # C calls it: Python's own handlers would wait for the main thread.
     self._handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(self._aborted)
     libc = ctypes.CDLL(None)
     libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
     libc.signal.restype = ctypes.c_void_p
     libc.signal(
         signal.SIGABRT, ctypes.cast(self._handler, ctypes.c_void_p))
+    _KEPT.append(self)
 
   def on_abort(self, gone: Callable[[], None]) -> None:
     """Says what to do where JAX aborts since another process is gone."""

@@ -104,7 +104,7 @@ class Asked:
           'of the two ways.')
     if len(missing) == 3:
       return
-    if missing:
+    if self.num_processes is None or self.process_id is None or missing:
       raise ValueError(
           '`coordinator`, `num_processes` and `process_id` go together, and '
           f'{" and ".join(missing)} {"is" if len(missing) == 1 else "are"} '
@@ -186,11 +186,11 @@ class Hosts:
 class _Several(Hosts):
   """More than one process, which have met."""
 
-  def __init__(self, count: int, index: int, timeout: int, ours: bool):
+  def __init__(self, count: int, index: int, ours: bool):
     from jax._src import distributed  # The store has no public name.
     self.count, self.index = count, index
     self._client = distributed.global_state.client
-    self._timeout, self._ours = timeout, ours
+    self._ours = ours
     self._turns = itertools.count()
     self._ending = threading.Lock()  # Who has it says why the process ends.
     self.say = streams.urgent
@@ -303,26 +303,24 @@ def meet(asked: Asked | None, batch_size: int) -> Hosts:
     1
   """
   asked = asked or Asked()
-  ours = not _has_met()
-  if ours and not asked.several:
-    return Hosts()
-  timer = None
-  if ours:
+  native = None
+  if not _has_met():
+    if not asked.several:
+      return Hosts()
     native = _Native()
     where = asked.coordinator or 'the coordinator'
     timer = threading.Timer(asked.timeout, _late, [where, asked.timeout])
     timer.daemon = True
     timer.start()
     _initialize(asked)
+    timer.cancel()
   import jax
   count, index = jax.process_count(), jax.process_index()
-  if timer is not None:
-    timer.cancel()
   _check_batch(batch_size, count)
   if count == 1:
     return Hosts()
-  hosts = _Several(count, index, asked.timeout, ours)
-  if ours:
+  hosts = _Several(count, index, ours=native is not None)
+  if native is not None:
     native.on_abort(hosts.gone)
   return hosts
 

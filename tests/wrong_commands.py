@@ -33,7 +33,9 @@ _FIELDS = {
         ('(None,)', 'sharding[0]'), ("(('*',()),('*',()))", 'once'),
         ("(('*',('data',7)),)", 'sharding[0][1][1]'), ('x', 'sharding'),
         ("(('*/kernel',()),)", 'no pattern matches'),
-        ("(('*',('modle',)),)", "axis 'modle'")],
+        ("(('*',('modle',)),)", "axis 'modle'"),
+        ("(('*','fspd'),)", 'did you mean `fsdp`'),
+        ("(('*','tensor'),)", "needs an axis 'model'")],
     'frozen': [
         ('(1,)', 'frozen[0]'), ('(None,)', 'frozen[0]'), ("('*',)", 'learns'),
         ("('',)", 'frozen[0]'), ("('Dense_7',)", "'Dense_7'"),

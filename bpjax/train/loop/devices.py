@@ -71,8 +71,8 @@ def shardings(
 
   Args:
     mesh: the mesh.
-    rules: pairs (path pattern, partition spec); the first match wins. Without
-      any, everything is replicated.
+    rules: pairs (path pattern, partition spec); the first match wins. In place
+      of a spec, a name of `PRESETS`. Without any, everything is replicated.
     learned: shapes of `{'params': ..., 'feedback': ...}`.
     tree: shapes of the train state. A leaf whose path ends like that of a
       learned leaf of the same shape, as an optimiser's moments do, lies where
@@ -101,6 +101,34 @@ def shardings(
         replicated)
 
   return paths.map_with_name(find, tree)
+
+
+def _fsdp(mesh, shape):
+  """The largest axis that `data` divides; the first of equal ones."""
+  parts = mesh.shape['data']
+  sizes = [size if size % parts == 0 else 0 for size in shape]
+  largest = max(sizes, default=0)
+  if parts == 1 or not largest:
+    return ()
+  at = sizes.index(largest)
+  return (*[None] * at, 'data')
+
+
+def _tensor(mesh, shape):
+  """The last axis of what is no vector: columns of kernels and feedback."""
+  parts = mesh.shape.get('model')
+  if parts is None:
+    raise ValueError(
+        "`sharding` 'tensor' needs an axis 'model', which `mesh` does not have; "
+        f'its axes are {", ".join(mesh.axis_names)}; set `mesh.model`.')
+  if len(shape) < 2 or shape[-1] % parts:
+    return ()
+  return (*[None] * (len(shape) - 1), 'model')
+
+
+# What stands for a spec: `(mesh, shape) -> spec`. What cannot be split is whole
+# on every device.
+PRESETS = {'fsdp': _fsdp, 'tensor': _tensor}
 
 
 def put(tree: Any, places: Any) -> Any:
@@ -191,6 +219,8 @@ def _place(mesh, rules, path, shape):
     raise ValueError(
         f'`sharding` must cover every parameter, and no pattern matches '
         f"`{path}`; add a pair for it, such as ('*', ()) at the end.")
+  if isinstance(spec, str):
+    spec = PRESETS[spec](mesh, shape)
   spec = [tuple(s) if isinstance(s, (list, tuple)) else s for s in spec]
   names = [s if isinstance(s, tuple) else (s,) if s else () for s in spec]
   unknown = sorted({n for entry in names for n in entry} - {*mesh.axis_names})

@@ -258,8 +258,8 @@ class _Several(Hosts):
 
   def _leave_word(self, code, sentence):
     """Tells the others, of whom the first to do so is believed."""
-    with contextlib.suppress(Exception):  # There may be nobody left to tell.
-      with contextlib.suppress(Exception):
+    with contextlib.suppress(RuntimeError):  # There may be nobody to tell.
+      with contextlib.suppress(RuntimeError):
         self._client.key_value_set(
             _END, json.dumps([self.index, code, sentence]))
       self._client.key_value_set(f'{_LEFT}/{self.index}', '')
@@ -275,7 +275,7 @@ class _Several(Hosts):
       try:
         text = self._client.blocking_key_value_get(_END, _DAY)
         break
-      except Exception as error:
+      except RuntimeError as error:  # JAX's own is one.
         if 'DEADLINE' not in str(error):
           return  # The run is over, or process 0 is gone.
     index, code, sentence = json.loads(text)

@@ -37,6 +37,8 @@ from bpjax.train.folder import streams
 GONE = 5  # The exit code where another process did not come, or is gone.
 _END, _LEFT, _SHARED = 'bpjax/end', 'bpjax/left', 'bpjax/shared'
 _LINGER = 5.  # Seconds in which the others may read why process 0 leaves.
+_GRACE = 2.  # Seconds in which a process that knows by itself ends by itself.
+_SHUTDOWN = 60.  # Seconds for all to leave a run that is finished.
 _DAY = 24 * 3600 * 1000  # Milliseconds.
 _LEAST_HEARTBEAT = 5  # Those of busy processes come late.
 # What errors say when a process at the other end is gone.
@@ -193,6 +195,7 @@ class _Several(Hosts):
     self._ours = ours
     self._turns = itertools.count()
     self._ending = threading.Lock()  # Who has it says why the process ends.
+    self._stopping = False  # Whether all have agreed to.
     self.say = streams.urgent
     threading.Thread(target=self._listen, daemon=True).start()
 
@@ -215,11 +218,13 @@ class _Several(Hosts):
     heard = stopper.heard.number if stopper and stopper.heard else 0
     found = multihost.process_allgather(np.float32([heard, seconds]))
     if stopper and found[:, 0].any():
+      self._stopping = True
       stopper.ask(int(found[:, 0].max()))
     return float(found[:, 1].max())
 
   def end(self, code, sentence, complain=None):
-    self._begin_to_end()
+    if not self._ending.acquire(blocking=False):
+      threading.Event().wait()  # Another thread ends this process.
     super().end(code, sentence, complain)
     self._leave_word(code, sentence)
     return code
@@ -229,7 +234,7 @@ class _Several(Hosts):
       text = f'{type(error).__name__} {error}'.lower()
       if any(sign in text for sign in _SIGNS):
         # It may have left word, which says more.
-        time.sleep(2.)
+        time.sleep(2 * _GRACE)
         return True
       error = error.__cause__
     return False
@@ -240,7 +245,7 @@ class _Several(Hosts):
       threading.Event().wait()  # Another thread ends this process.
     if self._ours:
       import jax
-      timer = threading.Timer(_LINGER, os._exit, [0])  # All has been written.
+      timer = threading.Timer(_SHUTDOWN, os._exit, [0])  # All is written.
       timer.daemon = True
       timer.start()
       jax.distributed.shutdown()
@@ -251,10 +256,6 @@ class _Several(Hosts):
     if self._ending.acquire(blocking=False):
       self.say(LOST)
       os._exit(GONE)
-
-  def _begin_to_end(self):
-    if not self._ending.acquire(blocking=False):
-      threading.Event().wait()
 
   def _leave_word(self, code, sentence):
     """Tells the others, of whom the first to do so is believed."""
@@ -279,6 +280,9 @@ class _Several(Hosts):
         if 'DEADLINE' not in str(error):
           return  # The run is over, or process 0 is gone.
     index, code, sentence = json.loads(text)
+    if self._stopping:
+      return  # This one is still saving.
+    time.sleep(_GRACE)
     if index != self.index and self._ending.acquire(blocking=False):
       self.say(f'process {index} ended: {sentence}')
       self._leave_word(code, sentence)

@@ -89,7 +89,8 @@ def launch(
     except Exception as error:
       # An error of a checkpoint, too, may come of it.
       if hosts.is_gone(error):
-        return end(hosts_lib.GONE, hosts_lib.LOST)
+        why = ' '.join(f'{type(error).__name__}: {error}'.split())[:200]
+        return end(hosts_lib.GONE, f'{hosts_lib.LOST} ({why})')
       if isinstance(error, workdir_lib.DiskError):
         return end(streams.DISK_ERROR, f'error: {error}')
       if hosts.count == 1:

@@ -6,7 +6,10 @@ On eight CPU devices, read off the compiled step: how many collectives of a kind
 and the bytes of their results on one device. Two ways to split an MLP of
 256x4 (batch 64, 16 classes): 'data' (8 parts of the batch), and 'data x model'
 (2 parts of the batch, 4 of each kernel's columns and each matrix of feedback's
-last axis). Then the pipeline: 8 blocks on 8 devices, 4 microbatches, with what
+last axis). Then a transformer encoder (2 layers of width 64, 4 heads, 16 tokens),
+with the batch alone over 8 devices, and with the presets of the launcher's
+`sharding`: 'fsdp' on the same 8, 'tensor' on 2 parts of the batch and 4 of the
+columns. Then the pipeline: 8 blocks on 8 devices, 4 microbatches, with what
 the arithmetic of docs/scale.md asks for.
 """
 
@@ -27,6 +30,8 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 from absl import app
 from absl import flags
 import bpjax
+from bpjax.train.loop import devices
+import encoder
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -39,6 +44,11 @@ _LOSS = bpjax.losses.softmax_cross_entropy
 _KINDS = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all',
           'collective-permute')
 _WIDTH, _BATCH, _CLASSES, _STAGES, _MICROBATCHES = 256, 64, 16, 8, 4
+# Rules that teach attention as well.
+_OF_ENCODERS = (
+    'backprop', 'feedback_alignment', 'feedback_alignment stored=False',
+    'direct_feedback_alignment', 'direct_feedback_alignment stored=False',
+    'kolen_pollack')
 _SIZES = {'f64': 8, 'f32': 4, 's32': 4, 'u32': 4, 'bf16': 2, 'pred': 1}
 
 
@@ -100,10 +110,20 @@ def rules() -> dict:
   }
 
 
-def sharded(rule, model: int) -> dict[str, tuple[int, int]]:
-  """The collectives of a step on a mesh of data and model."""
-  net = bpjax.from_linen(Chain(3))
-  x, y = jnp.ones((_BATCH, _WIDTH)), jnp.arange(_BATCH) % _CLASSES
+def sharded(rule, model: int, preset: str | None = None) -> dict:
+  """The collectives of a step on a mesh of data and model.
+
+  Args:
+    rule: the rule.
+    model: devices along the axis `model`.
+    preset: of the encoder's `sharding`, '' for none; None: the MLP.
+  """
+  if preset is None:
+    net, x = bpjax.from_linen(Chain(3)), jnp.ones((_BATCH, _WIDTH))
+    y = jnp.arange(_BATCH) % _CLASSES
+  else:
+    net = bpjax.from_linen(encoder.Encoder(2, 64, 4))
+    x, y = jnp.zeros((_BATCH, 16), jnp.int32), jnp.arange(_BATCH) % 10
   variables = net.init(jax.random.key(0), x)
   feedback = rule.init(jax.random.key(1), net, variables, x)
   learn = rule.value_and_grad(net, _LOSS)
@@ -112,6 +132,9 @@ def sharded(rule, model: int) -> dict[str, tuple[int, int]]:
       axis_types=(jax.sharding.AxisType.Auto,) * 2)
 
   def place(a):
+    if preset is not None:
+      spec = devices.PRESETS[preset](mesh, a.shape) if preset else ()
+      return jax.NamedSharding(mesh, jax.P(*spec))
     columns = a.ndim == 2 and a.shape[-1] % model == 0 and model > 1
     return jax.NamedSharding(
         mesh, jax.P(None, 'model') if columns else jax.P())
@@ -148,7 +171,9 @@ def piped(rule, boundaries) -> dict[str, tuple[int, int]]:
 
 
 def main(argv: list[str]) -> None:
-  results = {'data': {}, 'data x model': {}, 'pipeline': {}}
+  results = {
+      'data': {}, 'data x model': {}, 'encoder, data': {},
+      'encoder, fsdp': {}, 'encoder, tensor': {}, 'pipeline': {}}
   chosen = _RULES.value or list(rules())
   for label, rule in rules().items():
     if label in chosen:
@@ -156,6 +181,11 @@ def main(argv: list[str]) -> None:
       results['data x model'][label] = sharded(rule, 4)
       print(label, results['data'][label], results['data x model'][label],
             flush=True)
+    if label in chosen and label in _OF_ENCODERS:
+      for title, preset, model in (
+          ('data', '', 1), ('fsdp', 'fsdp', 1), ('tensor', 'tensor', 4)):
+        results[f'encoder, {title}'][label] = sharded(rule, model, preset)
+        print('encoder', title, results[f'encoder, {title}'][label], flush=True)
   hops = _MICROBATCHES + _STAGES - 2
   hop = 4 * _BATCH // _MICROBATCHES * _WIDTH
   own = bpjax.rules

@@ -22,6 +22,14 @@ import traceback
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(_ROOT))
 _QUICKSTART = str(_ROOT / 'experiments/configs/quickstart.py')
+# Of several processes: flags, words of the sentence.
+_PROCESSES = [
+    (['--coordinator=host', '--num_processes=2', '--process_id=0'], 'HOST:PORT'),
+    (['--coordinator=h:1', '--num_processes=2', '--process_id=2'], 'from 0 to 1'),
+    (['--coordinator=h:1', '--num_processes=3', '--process_id=0'], 'divisible'),
+    (['--coordinator=h:1'], 'are missing'), (['--timeout=0'], '`timeout`'),
+    (['--num_processes=x'], 'num_processes'),
+    (['--distributed', '--process_id=0'], 'must be left out')]
 _LIMIT = 2.  # Seconds of its process, whatever else the machine does.
 _ACCEPTED = 99  # Exit code of a run that would have begun to train.
 
@@ -33,7 +41,9 @@ _FIELDS = {
         ('(None,)', 'sharding[0]'), ("(('*',()),('*',()))", 'once'),
         ("(('*',('data',7)),)", 'sharding[0][1][1]'), ('x', 'sharding'),
         ("(('*/kernel',()),)", 'no pattern matches'),
-        ("(('*',('modle',)),)", "axis 'modle'")],
+        ("(('*',('modle',)),)", "axis 'modle'"),
+        ("(('*','fspd'),)", 'did you mean `fsdp`'),
+        ("(('*','tensor'),)", "needs an axis 'model'")],
     'frozen': [
         ('(1,)', 'frozen[0]'), ('(None,)', 'frozen[0]'), ("('*',)", 'learns'),
         ("('',)", 'frozen[0]'), ("('Dense_7',)", "'Dense_7'"),
@@ -201,7 +211,8 @@ def commands(folder: str) -> list[tuple[str, list[str], int, str]]:
       (['--config=', base[1]], 'config'), ([*base, '--wrokdir=x'], 'wrokdir'),
       ([*base, '--watch=tensorbord'], 'did you mean `tensorboard`'),
       ([*base, '--watch=wandb,wandb'], 'once'),
-      ([*base, 'x'], 'unexpected argument'), ([base[0]], 'workdir')))]
+      ([*base, 'x'], 'unexpected argument'), ([base[0]], 'workdir'),
+      *(([*base, *flags], words) for flags, words in _PROCESSES)))]
 
 
 def run(program: str, arguments: list[str]) -> tuple[int, str, float]:

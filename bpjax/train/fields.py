@@ -261,6 +261,20 @@ class Either(Kind):
 
 
 @dataclasses.dataclass(frozen=True)
+class Named(Kind):
+  """One of some names, or a value of another kind, which is no string."""
+  choice: Choice
+  other: Kind
+
+  @property
+  def text(self) -> str:
+    return f'{self.choice.text}, or {self.other.text}'
+
+  def check(self, where, value):
+    (self.choice if isinstance(value, str) else self.other).check(where, value)
+
+
+@dataclasses.dataclass(frozen=True)
 class Nothing(Kind):
   """None."""
   text = 'None'
@@ -578,11 +592,15 @@ FIELDS: tuple[Field, ...] = (
         ('mesh', Table('mesh axes', Number(1, _WHOLE, whole=True, also=-1)),
          {'data': -1}, 'Axis -> devices; -1: all that are left.'),
         ('sharding', _pairs(
-            'partition spec', List(_AXES, "(None, 'model')"),
+            'partition spec', Named(
+                Choice(('fsdp', 'tensor')), List(_AXES, "(None, 'model')")),
             "(('*/kernel', (None, 'model')), ('*', ()))"), (),
-         'Where parameters and feedback lie. The first that matches wins, and '
-         "every parameter has to be matched; a pattern may start with "
-         "'params/' or 'feedback/'. Empty: every device holds everything.")),
+         'Where parameters and feedback lie, and with them the optimiser\'s '
+         'moments. The first that matches wins, and every parameter has to be '
+         "matched; a pattern may start with 'params/' or 'feedback/'. In place "
+         "of a spec: 'fsdp', the largest axis that can be over 'data'; "
+         "'tensor', the last axis of what has two or more over 'model'. Empty: "
+         'every device holds everything.')),
 )
 BY_NAME = {field.name: field for field in FIELDS}
 # Fields that take new names.

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 from bpjax.train import data as data_lib
+from bpjax.train.loop import devices
 import jax
 from jax.sharding import Mesh
 from jax.sharding import NamedSharding
@@ -65,17 +66,21 @@ def eval_batches(
   The last batch is filled up with zeros, which the mask `[batch]` leaves out.
   """
   size = eval_batch_size(wanted, mesh)
-  place = NamedSharding(mesh, PartitionSpec('data'))
+  place = devices.Rows(mesh, size)
+  own = np.arange(size) if place.own is None else place.own
+  starts = range(0, length(split), size)
   if isinstance(split, data_lib.Stream):
-    batches = split.batches(size, train=False)
+    batches = split.batches(size, train=False, part=place.own)
     batches = map(split.rows, batches)
+  elif place.own is None:
+    batches = (_take(split, slice(i, i + size)) for i in starts)
   else:
-    batches = (_take(split, slice(i, i + size))
-               for i in range(0, length(split), size))
-  for rows in batches:
-    mask = np.arange(size) < len(rows.labels)
-    rows = jax.tree.map(lambda x: _fill(x, size), rows)
-    yield jax.device_put((rows, mask), place)
+    batches = (
+        _take(split, np.minimum(i + own, length(split) - 1)) for i in starts)
+  for i, rows in zip(starts, batches):
+    mask = i + own < length(split)
+    rows = jax.tree.map(lambda x: _fill(x, len(own)), rows)
+    yield place.put((rows, mask))
 
 
 def _take(rows, index):
@@ -111,7 +116,7 @@ class _Arrays:
     return order[:np.prod(self._shape)].reshape(self._shape)
 
   def _put(self, x, *axes):
-    return jax.device_put(x, NamedSharding(self._mesh, PartitionSpec(*axes)))
+    return devices.put(x, NamedSharding(self._mesh, PartitionSpec(*axes)))
 
 
 class _Streamed:
@@ -122,18 +127,20 @@ class _Streamed:
   def __init__(self, split, batch_size, seed, mesh):
     self.steps_per_epoch = len(split) // batch_size
     self._split, self._batch_size, self._seed = split, batch_size, seed
-    self._place = NamedSharding(mesh, PartitionSpec(None, 'data'))
+    self._place = devices.Rows(mesh, batch_size)
     self._next, self._batches = None, None
-    data, _ = self.fetch(0, 0, 1)
-    self.fixed_batch = jax.device_put(
-        _take(data['rows'], 0), NamedSharding(mesh, PartitionSpec('data')))
+    self.fixed_batch = self._place.put(self._rows(0, 0))
 
   def fetch(self, epoch, first, count):
     del count  # Always 1.
+    rows = self._place.put(self._rows(epoch, first), stacked=True)
+    return {'rows': rows}, np.int32(0)
+
+  def _rows(self, epoch, first):
+    """The rows of a batch that this process provides."""
     if (epoch, first) != self._next:
       self._batches = self._split.batches(
-          self._batch_size, seed=self._seed, epoch=epoch, start=first)
-    rows = self._split.rows(next(self._batches))
+          self._batch_size, seed=self._seed, epoch=epoch, start=first,
+          part=self._place.own)
     self._next = (epoch, first + 1)
-    rows = jax.tree.map(lambda x: np.asarray(x)[None], rows)
-    return {'rows': jax.device_put(rows, self._place)}, np.int32(0)
+    return self._split.rows(next(self._batches))

@@ -115,6 +115,7 @@ class Stream:
       epoch: int = 0,
       start: int = 0,
       train: bool = True,
+      part: np.ndarray | None = None,
   ) -> Iterator[dict[str, np.ndarray]]:
     """One epoch of batches, from batch `start` on.
 
@@ -128,6 +129,8 @@ class Stream:
       epoch: which epoch.
       start: batches to leave out; costs nothing.
       train: training or evaluation.
+      part: positions in each batch to read, as one of several processes does,
+        `[n]`; None: all. What is behind the last example is that one again.
 
     Returns:
       An iterator of dicts, of images {'image': uint8 `[b, height, width,
@@ -151,9 +154,14 @@ class Stream:
         epoch_order(len(self), seed=seed, epoch=epoch) if train
         else np.arange(len(self)))
     grain = prepared.require('grain', 'streaming a data set')
+    indices = self._indices[positions][start * batch_size:]
+    if part is not None:
+      count = (len(indices) if train else len(indices) + batch_size - 1)
+      first = np.arange(count // batch_size)[:, None] * batch_size
+      indices = indices[np.minimum(first + part, len(indices) - 1).ravel()]
+      batch_size = len(part)
     return self._iterate(
-        grain, self._indices[positions][start * batch_size:], batch_size,
-        (seed, epoch) if train else None)
+        grain, indices, batch_size, (seed, epoch) if train else None)
 
   def rows(self, batch: Mapping[str, np.ndarray]) -> Any:
     """A batch as rows of a split.

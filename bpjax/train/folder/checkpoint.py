@@ -13,6 +13,7 @@ from typing import Any
 
 from absl import logging
 from bpjax import paths
+from bpjax.train import hosts as hosts_lib
 from bpjax.train.folder import workdir
 import jax
 import jax.numpy as jnp
@@ -42,7 +43,7 @@ class Checkpoints:
 
   def __init__(
       self, directory: str, keep: int, warn: Callable[[str], None],
-      identity: str = ''):
+      identity: str = '', hosts: hosts_lib.Hosts = hosts_lib.Hosts()):
     """Reads and writes nothing yet.
 
     Args:
@@ -50,10 +51,12 @@ class Checkpoints:
       keep: how many of the newest to keep.
       warn: called with one sentence for every checkpoint that cannot be used.
       identity: tells this run's checkpoints from another's; '': not compared.
+      hosts: the processes of the run. All of them save and restore at the same
+        steps; process 0 alone names and sets aside what cannot be used.
     """
     self._directory = os.path.abspath(directory)
     self._keep, self._warn = keep, warn
-    self._identity = identity
+    self._identity, self._hosts = identity, hosts
     self._manager = None
 
   def __enter__(self) -> Checkpoints:
@@ -153,10 +156,12 @@ class Checkpoints:
           _os_error(error)[1]) from error
 
   def _newest(self, like, records):
-    steps, strange = self._steps()
+    steps, strange = self._hosts.first(self._steps)
     unusable = {}
     for step in steps:
       text, state = self._read(step, like, records(step))
+      # Of no use to any process if it is not to one.
+      text = next(filter(None, self._hosts.share(text)), '')
       if not text:
         self._set_aside(unusable | strange)
         return step, state
@@ -171,6 +176,8 @@ class Checkpoints:
     return None
 
   def _set_aside(self, problems):
+    if self._hosts.index:
+      return
     for path, text in problems.items():
       workdir.set_aside(path, text, self._warn, 'checkpoint ')
 

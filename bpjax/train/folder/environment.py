@@ -30,6 +30,9 @@ def describe(dataset: data_lib.Dataset) -> dict[str, Any]:
       'data': {'fingerprint': fingerprint(dataset)},
       'machine': {
           'device_count': jax.device_count(),
+          # A run of before there were several has no such line.
+          **({'process_count': jax.process_count()}
+             if jax.process_count() > 1 else {}),
           'device_kind': jax.devices()[0].device_kind,
           'jax_default_matmul_precision':
               jax.config.jax_default_matmul_precision,

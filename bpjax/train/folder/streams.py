@@ -12,6 +12,7 @@ import select
 import sys
 from typing import Any, TextIO
 
+ERRORS = 2  # The descriptor of standard error; see `hosts`.
 DISK_ERROR = 4  # The exit code where something could not be written or read.
 
 
@@ -110,10 +111,10 @@ def urgent(message: str) -> None:
   For threads that have to go on although the main one holds every lock.
   """
   # A progress bar hides the cursor.
-  show = '\x1b[?25h' if os.isatty(2) else ''
+  show = '\x1b[?25h' if os.isatty(ERRORS) else ''
   try:
-    if select.select([], [2], [], 0)[1]:
-      os.write(2, f'{show}{printable(message)}\n'.encode())
+    if select.select([], [ERRORS], [], 0)[1]:
+      os.write(ERRORS, f'{show}{printable(message)}\n'.encode())
   except OSError:
     pass
 

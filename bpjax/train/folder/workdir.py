@@ -460,6 +460,71 @@ class Workdir:
         raise
 
 
+class Follower(Workdir):
+  """The folder as every process but the first has it: nothing is written.
+
+  Complaints go to standard error, with the number of the process.
+  """
+
+  def __init__(self, path: str, index: int):  # pylint: disable=super-init-not-called
+    self.path = os.path.abspath(os.path.expanduser(path))
+    self._name = f'process {index}'
+    self.console = rich.console.Console(quiet=True)
+
+  def __exit__(self, *error):
+    pass
+
+  def check(self, config):
+    pass
+
+  def check_environment(self, environment):
+    pass
+
+  def claim(self, config, environment):
+    pass
+
+  def watch(self, names, config, optional=()):
+    pass
+
+  @property
+  def identity(self):
+    return ''
+
+  def keep(self, name, text):
+    pass
+
+  def summary(self):
+    return None
+
+  def finish(self, summary):
+    pass
+
+  def record(self, lines):
+    pass
+
+  @property
+  def recorded(self):
+    return ''
+
+  def recorded_before(self, step):
+    return ''
+
+  def metrics(self):
+    return []
+
+  def cut_metrics(self, step):
+    pass
+
+  def log(self, message):
+    pass
+
+  def complain(self, message):
+    streams.complain(f'{self._name}: {message}')
+
+  def urgent(self, message):
+    streams.urgent(f'{self._name}: {message}')
+
+
 def set_aside(
     path: str, problem: str, warn: Callable[[str], None], kind: str = ''
 ) -> None:

@@ -18,6 +18,8 @@ from jax.sharding import AxisType
 from jax.sharding import Mesh
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
+from jax.sharding import Sharding
+import numpy as np
 
 
 def make_mesh(axes: Mapping[str, int], batch_size: int) -> Mesh:
@@ -69,8 +71,8 @@ def shardings(
 
   Args:
     mesh: the mesh.
-    rules: pairs (path pattern, partition spec); the first match wins. Without
-      any, everything is replicated.
+    rules: pairs (path pattern, partition spec); the first match wins. In place
+      of a spec, a name of `PRESETS`. Without any, everything is replicated.
     learned: shapes of `{'params': ..., 'feedback': ...}`.
     tree: shapes of the train state. A leaf whose path ends like that of a
       learned leaf of the same shape, as an optimiser's moments do, lies where
@@ -101,6 +103,113 @@ def shardings(
   return paths.map_with_name(find, tree)
 
 
+def _fsdp(mesh, shape):
+  """The largest axis that `data` divides; the first of equal ones."""
+  parts = mesh.shape['data']
+  sizes = [size if size % parts == 0 else 0 for size in shape]
+  largest = max(sizes, default=0)
+  if parts == 1 or not largest:
+    return ()
+  at = sizes.index(largest)
+  return (*[None] * at, 'data')
+
+
+def _tensor(mesh, shape):
+  """The last axis of what is no vector: columns of kernels and feedback."""
+  parts = mesh.shape.get('model')
+  if parts is None:
+    raise ValueError(
+        "`sharding` 'tensor' needs an axis 'model', which `mesh` does not have; "
+        f'its axes are {", ".join(mesh.axis_names)}; set `mesh.model`.')
+  if len(shape) < 2 or shape[-1] % parts:
+    return ()
+  return (*[None] * (len(shape) - 1), 'model')
+
+
+# What stands for a spec: `(mesh, shape) -> spec`. What cannot be split is whole
+# on every device.
+PRESETS = {'fsdp': _fsdp, 'tensor': _tensor}
+
+
+def put(tree: Any, places: Any) -> Any:
+  """Lays arrays on the devices; of several processes each its own part.
+
+  Args:
+    tree: arrays that every process has as a whole.
+    places: a sharding, or a tree of them in the structure of `tree`.
+
+  Returns:
+    A tree of arrays, which are global where there are several processes.
+
+  Example:
+    >>> rows = put(np.ones((8, 3)), NamedSharding(mesh, PartitionSpec('data')))
+  """
+  if isinstance(places, Sharding):
+    places = jax.tree.map(lambda _: places, tree)
+  if all(p.is_fully_addressable for p in jax.tree.leaves(places)):
+    return jax.device_put(tree, places)
+
+  def one(x, place):
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+      return jax.device_put(x, place)  # It is global already.
+    x = np.asarray(x)
+    return jax.make_array_from_callback(
+        x.shape, place, lambda index: np.asarray(x[index]))
+
+  return jax.tree.map(one, tree, places)
+
+
+class Rows:
+  """How the rows of a batch lie on the devices, and which are this process's.
+
+  Attributes:
+    own: positions in the batch that this process has to provide, `[n]`; None
+      where it is alone and provides all.
+
+  Example:
+    >>> rows = Rows(mesh, 128)
+    >>> batch = rows.put(images[:128] if rows.own is None else images[rows.own])
+  """
+
+  def __init__(self, mesh: Mesh, size: int):
+    """Of batches of `size` rows, which are split over the axis `data`."""
+    self._place = NamedSharding(mesh, PartitionSpec('data'))
+    self._stacked = NamedSharding(mesh, PartitionSpec(None, 'data'))
+    self._size, self.own = size, None
+    if not self._place.is_fully_addressable:
+      slices = self._place.addressable_devices_indices_map((size,)).values()
+      self.own = np.unique(
+          np.concatenate([np.arange(size)[s] for s in slices]))
+
+  def put(self, rows: Any, stacked: bool = False) -> Any:
+    """A batch on the devices.
+
+    Args:
+      rows: a tree of arrays, of the rows `own` alone.
+      stacked: whether to add a first axis of size 1.
+    """
+    if self.own is None:
+      if not stacked:
+        return jax.device_put(rows, self._place)
+      rows = jax.tree.map(lambda x: np.asarray(x)[None], rows)
+      return jax.device_put(rows, self._stacked)
+
+    def one(x):
+      x = np.asarray(x)
+      shape = (self._size, *x.shape[1:])
+
+      def part(index):
+        wanted = np.arange(self._size)[index[1] if stacked else index[0]]
+        found = x[np.searchsorted(self.own, wanted)]
+        return found[None] if stacked else found
+
+      return jax.make_array_from_callback(
+          (1, *shape) if stacked else shape,
+          self._stacked if stacked else self._place, part)
+
+    return jax.tree.map(one, rows)
+
+
 def _place(mesh, rules, path, shape):
   bare = path.partition('/')[2]
   for pattern, spec in rules:
@@ -110,6 +219,8 @@ def _place(mesh, rules, path, shape):
     raise ValueError(
         f'`sharding` must cover every parameter, and no pattern matches '
         f"`{path}`; add a pair for it, such as ('*', ()) at the end.")
+  if isinstance(spec, str):
+    spec = PRESETS[spec](mesh, shape)
   spec = [tuple(s) if isinstance(s, (list, tuple)) else s for s in spec]
   names = [s if isinstance(s, tuple) else (s,) if s else () for s in spec]
   unknown = sorted({n for entry in names for n in entry} - {*mesh.axis_names})

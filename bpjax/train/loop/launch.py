@@ -5,7 +5,11 @@
   3  a loss, a weight or feedback was not finite
   4  the disk, the folder or standard output could not be written to or read;
      once they can, the same command goes on
+  5  another process of the run did not come, or is gone; once all are started
+     again, the same commands go on
 130  stopped by Ctrl-C, and the same command goes on
+
+Of several processes all end with the code of the first that ends.
 """
 
 from __future__ import annotations
@@ -14,8 +18,10 @@ from collections.abc import Sequence
 import contextlib
 import json
 import time
+import traceback
 
 from bpjax.train import config as config_lib
+from bpjax.train import hosts as hosts_lib
 from bpjax.train.folder import environment
 from bpjax.train.folder import streams
 from bpjax.train.folder import summary as summary_lib
@@ -35,7 +41,8 @@ class _Refused(ValueError):
 
 def launch(
     config: ml_collections.ConfigDict, workdir: str, quiet: bool = False,
-    watch: Sequence[str] = WATCH) -> int:
+    watch: Sequence[str] = WATCH,
+    processes: hosts_lib.Asked | None = None) -> int:
   """Trains, or goes on training, in a folder.
 
   A run that is finished is not trained again; its summary is printed.
@@ -46,6 +53,8 @@ def launch(
     quiet: do not print the summary.
     watch: who is shown the metrics while it trains, of
       `bpjax.train.folder.watching.names()`. None of them changes anything else.
+    processes: how several processes find each other; None: this one is alone,
+      or has called `jax.distributed.initialize`.
 
   Returns:
     The exit code.
@@ -57,15 +66,22 @@ def launch(
   """
   begin = time.perf_counter()
   with contextlib.ExitStack() as stack:
-    complain = streams.complain
+    complain, hosts = streams.complain, hosts_lib.Hosts()
+    end = lambda code, sentence: hosts.end(code, sentence, complain)
     try:
       stopper = stack.enter_context(progress.Stopper())
       with _refusing():
         watching.check(watch)
-        folder = stack.enter_context(workdir_lib.Workdir(workdir))
+        hosts = hosts_lib.meet(processes, config.batch_size)
+        stopper.together, stopper.leaving = hosts.count > 1, hosts.end
+        folder = stack.enter_context(
+            workdir_lib.Follower(workdir, hosts.index) if hosts.index
+            else workdir_lib.Workdir(workdir))
       complain, stopper.say = folder.complain, folder.urgent
-      finish(config, folder, stopper, begin, watch=watch)
-      if not quiet:
+      hosts.say = folder.urgent
+      finish(config, folder, stopper, begin, watch=watch, hosts=hosts)
+      hosts.close()
+      if not quiet and not hosts.index:
         failure = streams.put(
             'stdout', json.dumps(folder.summary(), indent=2))
         if failure:
@@ -73,17 +89,25 @@ def launch(
                    f'summary is in {folder.path}.')
           return streams.DISK_ERROR
     except _Refused as error:
-      complain(f'error: {error}')
-      return 2
+      return end(2, f'error: {error}')
     except run_lib.NonFiniteError as error:
-      complain(f'error: {error}')
-      return 3
-    except workdir_lib.DiskError as error:
-      complain(f'error: {error}')
-      return streams.DISK_ERROR
+      return end(3, f'error: {error}')
     except progress.Interrupted as error:
-      complain(progress.STOPPED.format(error.signal))
-      return error.exit_code
+      return end(error.exit_code, progress.STOPPED.format(error.signal))
+    except Exception as error:
+      # An error of a checkpoint, too, may come of it.
+      if hosts.is_gone(error):
+        why = ' '.join(f'{type(error).__name__}: {error}'.split())[:200]
+        return end(hosts_lib.GONE, f'{hosts_lib.LOST} ({why})')
+      if isinstance(error, workdir_lib.DiskError):
+        return end(streams.DISK_ERROR, f'error: {error}')
+      if hosts.count == 1:
+        raise
+      # Python's own end would wait for threads that wait for the others.
+      text = traceback.format_exc()
+      hosts.end(1, f'error: {type(error).__name__}: {error}')
+      streams.complain(text)
+      return 1
   return 0
 
 
@@ -98,7 +122,8 @@ def _refusing():
 def finish(
     config: ml_collections.ConfigDict, folder: workdir_lib.Workdir,
     stopper: progress.Stopper, begin: float,
-    given: run_lib.Given = run_lib.Given(), watch: Sequence[str] = WATCH
+    given: run_lib.Given = run_lib.Given(), watch: Sequence[str] = WATCH,
+    hosts: hosts_lib.Hosts = hosts_lib.Hosts()
 ) -> tuple[run_lib.Run, step_lib.TrainState] | None:
   """Does what is left of a run; nothing, and None, where it is finished.
 
@@ -109,19 +134,22 @@ def finish(
     begin: `time.perf_counter` of when the command began.
     given: what the config does not name.
     watch: see `launch`.
+    hosts: the processes that train it together.
 
   Raises:
     ValueError: for what cannot work, before anything is written.
   """
   with contextlib.ExitStack() as stack:
     with _refusing():
-      ready = _prepare(config, folder, stack, given, watch)
+      ready = _prepare(config, folder, stack, given, watch, hosts)
     if ready is None:
       return None
     run, checkpoints, state, step = ready
     state, seconds = run_lib.train(run, checkpoints, state, step, stopper)
   summary = summary_lib.summarise(
       run, state, seconds, wall_time=time.perf_counter() - begin)
+  if hosts.index:
+    return
   folder.finish(summary)
   accuracies = (
       f'test accuracy {summary["test_accuracy"]:.4f}, train accuracy '
@@ -133,18 +161,20 @@ def finish(
   return run, state
 
 
-def _prepare(config, folder, stack, given, watch):
+def _prepare(config, folder, stack, given, watch, hosts):
   """What training needs; None for a run that is finished."""
   values = config_lib.to_json(config)
+  _check_equal(hosts, values, 'config')
   folder.check(values)
   folder.check_environment(environment.settings())
-  summary = folder.summary()
+  summary = hosts.first(folder.summary)
   if summary is not None and summary['epochs'] == config.epochs:
     folder.log(f'{folder.path} is finished; nothing to do')
     return None
   folder.watch(watch, values, optional=WATCH)
-  run = run_lib.setup(config, folder, given)
+  run = run_lib.setup(config, folder, given, hosts)
   surroundings = environment.describe(run.dataset)
+  _check_equal(hosts, surroundings, 'surroundings')
   folder.check_environment(surroundings)
   folder.claim(values, surroundings)
   if run.dataset.tokenizer:
@@ -154,3 +184,13 @@ def _prepare(config, folder, stack, given, watch):
     folder.log(f'{unit}: {rule}')
   checkpoints = stack.enter_context(run_lib.checkpoints(run))
   return run, checkpoints, *run_lib.start(run, checkpoints)
+
+
+def _check_equal(hosts, values, what):
+  """Raises ValueError where a process was given other values than process 0."""
+  first, own = hosts.share(values)[0], json.loads(json.dumps(values))
+  text = config_lib.difference(first, own) if hosts.index else ''
+  if text:
+    raise ValueError(
+        f'every process must have the same {what} as process 0: {text}; start '
+        'all of them with the same command but for --process_id.')

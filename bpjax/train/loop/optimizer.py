@@ -95,7 +95,8 @@ def after_epoch(
   is_plateau = lambda s: isinstance(
       s, optax.contrib.ReduceLROnPlateauState)
   return jax.tree.map(
-      lambda s: plateau.update({}, s, value=jnp.float32(loss))[1]
+      lambda s: plateau.update(
+          {}, jax.device_get(s), value=jnp.float32(loss))[1]
       if is_plateau(s) else s, opt_state, is_leaf=is_plateau)
 
 

@@ -81,12 +81,14 @@ class Interrupted(KeyboardInterrupt):
   KeyboardInterrupt, since asyncio lets those through.
 
   Attributes:
+    number: its number.
     signal: its name.
     exit_code: see `signals.exit_code`.
   """
 
   def __init__(self, number: int):
     super().__init__()
+    self.number = number
     self.signal = signal.Signals(number).name
     self.exit_code = signals.exit_code(number)
 
@@ -114,9 +116,16 @@ class Stopper:
   and what they raise within a destructor is lost: where nothing has to be saved
   it ends the process after a moment, else it says that the signal was heard.
 
+  Of several processes each hears for itself, and none acts on it within
+  `deferring` until `ask` says that all do. Outside the main thread, where Python
+  hears no signals, nothing is turned into anything.
+
   Attributes:
     asked: the exception to raise, or None.
+    heard: the same, of this process alone.
+    together: whether there are other processes.
     say: takes what the thread has to say; must not wait for other threads.
+    leaving: called with exit code and sentence where the thread ends the process.
 
   Example:
     >>> with Stopper() as stopper, stopper.deferring():
@@ -126,7 +135,10 @@ class Stopper:
 
   def __init__(self, say: Callable[[str], None] = streams.urgent):
     self.asked: Interrupted | None = None
+    self.heard: Interrupted | None = None
+    self.together = False
     self.say = say
+    self.leaving: Callable[[int, str], object] = lambda code, sentence: None
     self._free_since: float | None = 0.  # None: deferring.
     self._before = {}
 
@@ -134,6 +146,9 @@ class Stopper:
     _silence()
     self._read, self._write = socket.socketpair()
     self._write.setblocking(False)
+    if threading.current_thread() is not threading.main_thread():
+      self._wakeup = None
+      return self
     for number in signals.heeded():
       self._before[number] = signal.signal(number, self._ask)
     self._wakeup = signal.set_wakeup_fd(
@@ -142,7 +157,10 @@ class Stopper:
     return self
 
   def __exit__(self, *error):
-    signal.set_wakeup_fd(self._wakeup)
+    if self._wakeup is None:
+      self._read.close()
+    else:
+      signal.set_wakeup_fd(self._wakeup)
     for number, handler in self._before.items():
       signal.signal(number, handler)
     self._write.close()  # Ends the thread.
@@ -155,19 +173,27 @@ class Stopper:
       yield
     finally:
       self._free_since = time.monotonic()
-    self.check()
+    if self.heard:
+      raise self.heard
 
   def check(self) -> None:
     """Raises what was asked for, if anything was."""
     if self.asked:
       raise self.asked
 
+  def ask(self, number: int) -> None:
+    """Asks for what a signal asks for."""
+    if self.asked is None:
+      self.asked = self.heard = self.heard or Interrupted(number)
+
   def _ask(self, number, frame):
     del frame
-    if self.asked is None:  # At a second one the thread ends the process.
-      self.asked = Interrupted(number)
+    if self.heard is None:  # At a second one the thread ends the process.
+      self.heard = Interrupted(number)
+      if not self.together:
+        self.asked = self.heard
       if self._free_since is not None:
-        raise self.asked
+        raise self.heard
 
   def _watch(self):
     """Ends the process where the main thread does not, or not soon enough."""
@@ -197,5 +223,7 @@ class Stopper:
               'step is taken and saved, and at once at a second signal')
 
   def _end(self, number):
-    self.say(STOPPED.format(signal.Signals(number).name))
+    sentence = STOPPED.format(signal.Signals(number).name)
+    self.say(sentence)
+    self.leaving(signals.exit_code(number), sentence)
     os._exit(signals.exit_code(number))

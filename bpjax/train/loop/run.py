@@ -19,6 +19,7 @@ import bpjax
 from bpjax import paths
 from bpjax.train import config as config_lib
 from bpjax.train import data as data_lib
+from bpjax.train import hosts as hosts_lib
 from bpjax.train import named
 from bpjax.train.data import augment as augment_lib
 from bpjax.train.data import feed as feed_lib
@@ -85,6 +86,7 @@ class Run:
     units: unit -> name of the rule that trains it.
     most: largest number of steps in one call.
     programs: the compiled `steps`, `evaluate` and (where asked for) `align`.
+    hosts: the processes that train it together.
   """
   config: ml_collections.ConfigDict
   folder: workdir_lib.Workdir
@@ -96,6 +98,7 @@ class Run:
   units: dict[str, str]
   most: int
   programs: dict[str, Any]
+  hosts: hosts_lib.Hosts = hosts_lib.Hosts()
 
   @property
   def total_steps(self) -> int:
@@ -199,7 +202,7 @@ def load(config: ml_collections.ConfigDict) -> data_lib.Dataset:
 
 def setup(
     config: ml_collections.ConfigDict, folder: workdir_lib.Workdir,
-    given: Given = Given()) -> Run:
+    given: Given = Given(), hosts: hosts_lib.Hosts = hosts_lib.Hosts()) -> Run:
   """Makes everything ready, and refuses whatever cannot work.
 
   Raises:
@@ -209,7 +212,7 @@ def setup(
   most, programs = _compile(config, learner, feed, like)
   return Run(
       config, folder, dataset, learner, feed, batch, like, learner.units(),
-      most, programs)
+      most, programs, hosts)
 
 
 def start(
@@ -236,6 +239,7 @@ def start(
   state = run.programs['init']()
   step, pace = 0, _Pace()
   while step < run.config.mirror_first:
+    pace.agree(run.hosts)
     count = pace.limit(run.config.mirror_first - step)
     with pace.of(count):
       state = jax.block_until_ready(run.programs['mirror'](
@@ -267,10 +271,16 @@ def train(
     DiskError: if the metrics, the log or a checkpoint cannot be written.
   """
   seconds, pace, begin = [], _Pace(), step
+
+  def check():
+    run.hosts.agree(stopper)
+    stopper.check()
+
   with stopper.deferring(), _written(checkpoints), progress_lib.Progress(
       run.folder.console, run.total_steps, step,
       run.config.batch_size) as progress:
     while True:
+      pace.agree(run.hosts, stopper)
       # What is saved is the state before its report: whoever goes on from there
       # makes the report again, so that a report may be broken off.
       saved = step == begin
@@ -283,7 +293,7 @@ def train(
         saved = True
       try:
         stopper.check()
-        state = _report(run, state, step, progress.speed(), stopper.check)
+        state = _report(run, state, step, progress.speed(), check)
         stops = _judge(run, state, step)
       except progress_lib.Interrupted:
         if not saved:
@@ -303,14 +313,14 @@ def checkpoints(run: Run) -> checkpoint.Checkpoints:
   """Those of a run, to be used as a context manager."""
   return checkpoint.Checkpoints(
       run.folder.checkpoints, run.config.keep_checkpoints,
-      warn=run.folder.warn, identity=run.folder.identity)
+      warn=run.folder.warn, identity=run.folder.identity, hosts=run.hosts)
 
 
 def best_checkpoints(run: Run) -> checkpoint.Checkpoints:
   """The one of the best epoch, likewise."""
   return checkpoint.Checkpoints(
       run.folder.best, keep=1, warn=run.folder.warn,
-      identity=run.folder.identity)
+      identity=run.folder.identity, hosts=run.hosts)
 
 
 def best(
@@ -335,12 +345,12 @@ def _judge(run, state, step):
   if 'validation' not in run.reports(step) or not (
       patience or run.config.keep_best):
     return False
-  found = best(run, run.folder.metrics())
+  found = run.hosts.first(lambda: best(run, run.folder.metrics()))
   if found is None:
     return False
   if found['step'] == step and run.config.keep_best:
     with best_checkpoints(run) as keeper:
-      if not keeper.holds(step):
+      if not run.hosts.first(lambda: keeper.holds(step)):
         keeper.save(step, state)
   epochs = (step - found['step']) // run.feed.steps_per_epoch
   if patience and epochs >= patience and step < run.total_steps:
@@ -375,6 +385,12 @@ class _Pace:
 
   def __init__(self):
     self.seconds = _SECONDS_PER_CALL
+
+  def agree(
+      self, hosts: hosts_lib.Hosts,
+      stopper: progress_lib.Stopper | None = None) -> None:
+    """All processes take as many steps as the slowest can, and stop together."""
+    self.seconds = hosts.agree(stopper, self.seconds)
 
   def limit(self, most: int) -> int:
     """The number of steps of the next call, at most `most`."""
@@ -767,7 +783,7 @@ def _report(run, state, step, speed, check):
   if 'train' in kinds:
     lines.append(_line(run, step, 'train', **run.learner.task.metrics(
         jax.device_get(state.window))))
-    state = state._replace(window=jax.device_put(
+    state = state._replace(window=devices.put(
         step_lib.empty_window(), jax.tree.map(
             lambda x: x.sharding, run.like.window)))
   if 'alignment' in kinds:
@@ -777,7 +793,7 @@ def _report(run, state, step, speed, check):
       measured = evaluate(run, state, getattr(run.dataset, name), check)
       lines.append(_line(run, step, name, **measured))
       if name == 'validation' and run.config.schedule == 'plateau':
-        state = state._replace(opt_state=jax.device_put(
+        state = state._replace(opt_state=devices.put(
             optimizer.after_epoch(
                 run.config, state.opt_state, measured['loss']),
             jax.tree.map(lambda x: x.sharding, run.like.opt_state)))

@@ -11,12 +11,10 @@ like any other: hidden layers as they were drawn, and a readout that learns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-import contextlib
+from collections.abc import Callable, Iterable, Mapping
 import functools
 import hashlib
 import importlib.util
-import inspect
 import json
 import math
 import os

@@ -27,8 +27,9 @@ class Lstm(nn.Module):
         self.vocabulary, self.width, dtype=self.dtype, name='token')(tokens)
     real = jnp.ones(tokens.shape, bool) if mask is None else mask
     cell = nn.OptimizedLSTMCell(self.width, dtype=self.dtype, name='cell')
+    zeros = jnp.zeros((len(x), self.width), x.dtype)
     (_, last), x = nn.RNN(cell, return_carry=True, name='rnn')(
-        x, seq_lengths=real.sum(1))
+        x, initial_carry=(zeros, zeros), seq_lengths=real.sum(1))
     if self.pool == 'mean':
       real = real[:, :, None].astype(x.dtype)
       last = (x * real).sum(1) / jnp.maximum(real.sum(1), 1)

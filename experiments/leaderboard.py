@@ -20,6 +20,7 @@ import math
 import os
 import statistics
 import time
+import traceback
 from typing import Any, NamedTuple
 import warnings
 
@@ -421,8 +422,10 @@ def config_of(
   args = {**own.rule_args, **special.pop('rule_args', {})}
   model_args = {
       **what.fields.get('model_args', {}), **special.pop('model_args', {})}
+  of_text = 'length' in what.fields
   for name, value in {**what.fields, **own.fields, **special}.items():
-    if name not in ('model_args', 'rule_args'):
+    if name not in ('model_args', 'rule_args') and not (
+        of_text and name in _PIXELS):
       config[name] = value
   if own.local:
     args.update(blocks=what.blocks, grouped=what.grouped)
@@ -464,6 +467,7 @@ class Settings(NamedTuple):
     seeds: how many are tested; 0: the tier's.
     data_dir: of the data; '': the variable TFDS_DATA_DIR.
     train: whether what is missing is trained.
+    check: whether rules are asked what they refuse where nothing is trained.
   """
   tier: str
   workdir: str
@@ -471,6 +475,7 @@ class Settings(NamedTuple):
   seeds: int = 0
   data_dir: str = ''
   train: bool = True
+  check: bool = False
 
   @property
   def number_of_seeds(self) -> int:
@@ -509,12 +514,15 @@ def cell(
   facts = _held(path, make())
   if facts is None:
     if not settings.train:
+      found = _refused(make()) if settings.check else None
+      if found:
+        return without(*found)
       return without('missing', 'It was not run.')
     facts = _facts(make(), tier.columns[column].search_examples)
     os.makedirs(settings.workdir, exist_ok=True)
     _write(path, {'config': _identity(make()), **facts})
-  if 'refused' in facts:
-    return without('refused', facts['refused'])
+  if 'none' in facts:
+    return without(*facts['none'])
   rates = range(tier.rates)
   budget, cost = tier.columns[column], facts['cost']
   steps = facts['examples'] * budget.epochs * settings.number_of_seeds
@@ -618,7 +626,7 @@ def _write(path, content):
 
 
 def _facts(config, search_examples):
-  """The sentence of a refusal; or what a step costs, and the units."""
+  """Why there is no run; or what a step costs, and the units."""
   with warnings.catch_warnings():
     warnings.simplefilter('ignore')  # Of weights that stay exact.
     try:
@@ -632,8 +640,8 @@ def _facts(config, search_examples):
         plain.feedback_optimizer, plain.feedback_learning_rate = '', 0.
         plain.mirror_first = 0
         reference = _Step(run_lib.make(plain))
-    except ValueError as error:
-      return {'refused': str(error)}
+    except Exception as error:  # pylint: disable=broad-except
+      return {'none': _said(error)}
   if reference is None:
     reference = step
     times = [(t, t) for t in (step.seconds() for _ in range(_ROUNDS))]
@@ -649,6 +657,29 @@ def _facts(config, search_examples):
           'time_ratio': round(statistics.median(a / b for a, b in times), 3),
           'memory_mib': round(step.memory / 2**20, 3),
           'memory_ratio': round(step.memory / reference.memory, 3)}}
+
+
+def _refused(config):
+  """('refused', the sentence), or a failure; None. Nothing is compiled."""
+  with warnings.catch_warnings():
+    warnings.simplefilter('ignore')
+    try:
+      _, learner, feed, _, _ = run_lib.make(config)
+      jax.eval_shape(
+          lambda: learner.step(learner.init(), feed.fixed_batch))
+    except Exception as error:  # pylint: disable=broad-except
+      return _said(error)
+  return None
+
+
+def _said(error):
+  """What an error means: a rule refuses in one sentence; all else is a bug."""
+  *_, last = traceback.extract_tb(error.__traceback__)
+  own = os.path.dirname(bpjax.__file__) in last.filename
+  first, *more = str(error).splitlines() or ['']
+  if isinstance(error, ValueError) and own and not more:
+    return 'refused', first
+  return 'failed', f'{type(error).__name__}: {first[:200]}'
 
 
 class _Step:
@@ -716,7 +747,7 @@ def _record(settings, run, column, units):
   if summary.get('test_bits_per_character') is not None:
     record['bits_per_character'] = round(summary['test_bits_per_character'], 4)
   if COLUMNS[column].growth and run.config.seed == 0:
-    record['growth'] = _growth(run, COLUMNS[column].growth)
+    record['growth'] = largest_growth(run, COLUMNS[column].growth)
   return record
 
 
@@ -745,8 +776,18 @@ def aligned(
       'floor': round(statistics.fmean(floors), 4) if found else None}
 
 
-def _growth(run, blocks):
-  """The largest growth of the residual stream from block to block, or None."""
+def largest_growth(
+    run: reproduction.Run, blocks: tuple[str, ...]) -> float | None:
+  """The largest growth of the residual stream from block to block.
+
+  Args:
+    run: a finished run; what was found is kept in its folder.
+    blocks: globs of the residual blocks.
+
+  Returns:
+    The largest of `bpjax.growth`, on a training batch with the last weights; None
+    where the run has no checkpoint.
+  """
   path = os.path.join(run.folder, 'growth.json')
   try:
     with open(path, encoding='utf-8') as file:

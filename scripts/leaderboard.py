@@ -66,6 +66,9 @@ _WORKDIR = flags.DEFINE_string('workdir', '', (
 _DATA_DIR = flags.DEFINE_string('data_dir', '', 'Default: TFDS_DATA_DIR.')
 _TRAIN = flags.DEFINE_boolean('train', True, (
     '--notrain: only collect what is finished.'))
+_CHECK = flags.DEFINE_boolean('check', False, (
+    'Train nothing, but ask the rules of cells that were not run whether they '
+    'refuse them.'))
 _OUTPUT = flags.DEFINE_string('output', '', (
     'JSON file for the results; cells that it has and that are not run here '
     'stay in it.'))
@@ -112,7 +115,7 @@ def write(path: str, settings: leaderboard.Settings, cells, runs) -> None:
 def command() -> str:
   """What was asked for, without the places of this machine."""
   kept = [a for a in sys.argv[1:] if not a.lstrip('-').startswith(
-      ('workdir', 'data_dir', 'output', 'notrain', 'read'))]
+      ('workdir', 'data_dir', 'output', 'notrain', 'read', 'check'))]
   return ' '.join(['python scripts/leaderboard.py', *kept])
 
 
@@ -167,7 +170,8 @@ def _settings():
     cells = [c for c in cells if c in wanted]
   settings = leaderboard.Settings(
       name, _WORKDIR.value or os.path.join('runs', f'leaderboard_{name}'),
-      known, _SEEDS.value, _DATA_DIR.value, _TRAIN.value)
+      known, _SEEDS.value, _DATA_DIR.value, _TRAIN.value and not _CHECK.value,
+      _CHECK.value)
   return settings, cells, own
 
 

@@ -423,7 +423,7 @@ def averages(file: str, *columns: str) -> str:
 
 
 def leaderboard(file: str = 'leaderboard') -> str:
-  """Every column that has runs, at its largest tier; numbers lead to records."""
+  """Every column that has runs, at its largest tier; a row leads to its record."""
   held, parts = read(file), []
   for column, what in leaderboard_lib.COLUMNS.items():
     for tier in leaderboard_lib.tiers_of(held, column)[:1]:
@@ -432,7 +432,7 @@ def leaderboard(file: str = 'leaderboard') -> str:
         link = f'results/{file}.md#{leaderboard_page.anchor(own)}'
         texts = leaderboard_page.numbers(own)
         lines.append([f'`{own["row"]}`', *(
-            f'[{t}]({link})' if t and i < 8 else t.replace('|', r'\|')
+            f'[{t}]({link})' if t and not i else t.replace('|', r'\|')
             for i, t in enumerate(texts))])
       parts.append(
           f'### {what.title}\n\nTier `{tier}`.\n\n'

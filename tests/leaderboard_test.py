@@ -286,7 +286,7 @@ class PageTest(absltest.TestCase):
     text = report.make('leaderboard made_up')
     self.assertIn(
         '| `backprop` | [96.00 ± 1.00](results/made_up.md#minute-digits_mlp-'
-        'backprop) | [3]', text)
+        'backprop) | 3 |', text)
     self.assertIn('refused: rule `pepita` adds <the error>.', text)
     records = report.make('leaderboard_records made_up')
     self.assertIn('### minute digits_mlp spsa', records)

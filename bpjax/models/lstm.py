@@ -26,7 +26,7 @@ class Lstm(nn.Module):
     x = nn.Embed(
         self.vocabulary, self.width, dtype=self.dtype, name='token')(tokens)
     real = jnp.ones(tokens.shape, bool) if mask is None else mask
-    cell = nn.OptimizedLSTMCell(self.width, dtype=self.dtype, name='cell')
+    cell = nn.LSTMCell(self.width, dtype=self.dtype, name='cell')
     zeros = jnp.zeros((len(x), self.width), x.dtype)
     (_, last), x = nn.RNN(cell, return_carry=True, name='rnn')(
         x, initial_carry=(zeros, zeros), seq_lengths=real.sum(1))
@@ -42,14 +42,14 @@ def lstm(
   """An LSTM that reads a sentence, and a readout of what it has put out.
 
   Long short-term memory, Hochreiter and Schmidhuber, Neural Computation 1997, in
-  the form of `flax.linen.OptimizedLSTMCell`: one matrix for the input and one for
-  the state, of four gates each, and one bias.
+  the form of `flax.linen.LSTMCell`: each of four gates has a matrix for the input,
+  and one with a bias for the state, and each of these is a unit.
 
   Parameters of the defaults with 2 classes: 1,180,418
 
     token      8192*128               1,048,576
-    cell/i_*     128*512                 65,536
-    cell/h_*     128*512 + 512           66,048
+    cell/i*    4 * 128*128               65,536
+    cell/h*    4 * (128*128 + 128)       66,048
     readout      128*2 + 2                  258
 
   Args:

@@ -5,8 +5,10 @@ site, so that a page needs neither the network nor a script to show it.
 """
 
 import importlib.resources
+import json
 import pathlib
 import re
+import sys
 
 import bpjax
 from docutils import nodes
@@ -57,6 +59,7 @@ def setup(app):
       'mathml', inline_renderers=(_render('inline'), None),
       block_renderers=(_render('block'), None))
   _write_examples()
+  _write_leaderboard()
 
 
 def _leave_places(app, name, source):
@@ -102,3 +105,14 @@ def _write_examples():
     # A file that is written anew is built anew.
     if not page.exists() or page.read_text(encoding='utf-8') != text:
       page.write_text(text, encoding='utf-8')
+
+
+def _write_leaderboard():
+  """The leaderboard as a page that sorts and filters, among the static files."""
+  sys.path.insert(0, str(_HERE.parent))
+  # Only now is the checkout on the path.
+  from experiments import leaderboard_page  # pylint: disable=g-import-not-at-top
+  path = _HERE.parent / 'results' / 'leaderboard.json'
+  results = json.loads(path.read_text(encoding='utf-8'))
+  (_HERE / '_static' / 'leaderboard.html').write_text(
+      leaderboard_page.html(results), encoding='utf-8')

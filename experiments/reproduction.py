@@ -195,8 +195,14 @@ class Experiment:
   draw: Callable[[Results, str], None] | None = None
 
 
-class _Run(NamedTuple):
-  """A row with a seed."""
+class Run(NamedTuple):
+  """A row with a seed.
+
+  Attributes:
+    row: the row.
+    config: of this run.
+    folder: of this run.
+  """
   row: Row
   config: ml_collections.ConfigDict
   folder: str
@@ -293,11 +299,11 @@ def reproduce(
     return 2
   if not read:
     if train:
-      code = _train([
+      code = train_runs([
           run for run in wanted if not rows or run.row.name in rows])
       if code:
         return code
-    runs = [r for r in map(_record, wanted) if r is not None]
+    runs = [r for r in map(record, wanted) if r is not None]
     if output:
       write(experiment, output, runs)
   results = Results(experiment.columns, [
@@ -344,13 +350,18 @@ def _runs(experiment, workdir, seeds, presets, epochs, override):
       config = flags_lib.override(row.config, {**values, 'seed': seed})
       config_lib.check(config)
       folder = os.path.join(workdir, f'{row.label},seed={config.seed}')
-      _check_folder(folder, config)
-      runs.append(_Run(row, config, folder))
+      check_folder(folder, config)
+      runs.append(Run(row, config, folder))
   return runs
 
 
-def _check_folder(folder, config):
-  """Raises ValueError if a folder's run has another config."""
+def check_folder(folder: str, config: ml_collections.ConfigDict) -> None:
+  """Raises ValueError if a folder's run has another config.
+
+  Args:
+    folder: of the run; it need not be there.
+    config: that it is to have.
+  """
   held = _read_json(os.path.join(folder, 'config.json'))
   if held is None:
     return
@@ -363,8 +374,19 @@ def _check_folder(folder, config):
         '`workdir`, or the same settings.')
 
 
-def _train(runs):
-  """Trains what is not finished; the exit code if that cannot go on, else 0."""
+def train_runs(runs: Sequence[Run]) -> int:
+  """Trains what is not finished.
+
+  Args:
+    runs: those that are wanted.
+
+  Returns:
+    The exit code if that cannot go on, else 0.
+
+  Example:
+    >>> train_runs([Run(row, config, 'runs/akrout_mnist/backprop,seed=0')])
+    0
+  """
   for i, run in enumerate(runs):
     streams.put(
         'stderr', f'[{i + 1}/{len(runs)}] {os.path.basename(run.folder)}')
@@ -377,8 +399,12 @@ def _train(runs):
   return 0
 
 
-def _record(run: _Run) -> Record | None:
-  """What the results hold of a run; None if it is not finished."""
+def record(run: Run) -> Record | None:
+  """What the results hold of a run; None if it is not finished.
+
+  Args:
+    run: the run.
+  """
   summary = workdir_lib.read_summary(run.folder)
   if summary is None:
     return None

@@ -27,6 +27,9 @@ import statistics
 import sys
 from typing import Any
 
+from experiments import cards as cards_lib
+from experiments import leaderboard as leaderboard_lib
+from experiments import leaderboard_page
 from experiments import reproduction
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -419,6 +422,68 @@ def averages(file: str, *columns: str) -> str:
       for r in read(file)['rows']])
 
 
+def leaderboard(file: str = 'leaderboard') -> str:
+  """Every column that has runs, at its largest tier; a row leads to its record."""
+  held, parts = read(file), []
+  for column, what in leaderboard_lib.COLUMNS.items():
+    for tier in leaderboard_lib.tiers_of(held, column)[:1]:
+      lines = []
+      for own in leaderboard_lib.table(held, tier, column):
+        link = f'results/{file}.md#{leaderboard_page.anchor(own)}'
+        texts = leaderboard_page.numbers(own)
+        lines.append([f'`{own["row"]}`', *(
+            f'[{t}]({link})' if t and not i else t.replace('|', r'\|')
+            for i, t in enumerate(texts))])
+      parts.append(
+          f'### {what.title}\n\nTier `{tier}`.\n\n'
+          + _table(leaderboard_page.HEADER, lines))
+  return '\n\n'.join(parts)
+
+
+def leaderboard_records(file: str = 'leaderboard') -> str:
+  """What every cell was made from, a heading each."""
+  return '\n\n'.join(
+      f'### {own["tier"]} {own["column"]} {own["row"]}\n\n'
+      + '\n'.join(f'- {part}' for part in leaderboard_page.record(own).split('; '))
+      for own in leaderboard_page.entries(read(file)))
+
+
+def leaderboard_commands(file: str = 'leaderboard') -> str:
+  """The command of each tier."""
+  return _table(['tier', 'command'], [
+      [tier, f'`{text}`'] for tier, text in read(file)['commands'].items()])
+
+
+def leaderboard_missing(file: str = 'leaderboard') -> str:
+  """The cells of each tier that were not run yet."""
+  lines = []
+  for tier in leaderboard_lib.TIERS:
+    columns = {}
+    for column, row in leaderboard_lib.missing(read(file), tier):
+      columns.setdefault(column, []).append(row)
+    whole = len(leaderboard_lib.TIERS[tier].rows or leaderboard_lib.rows())
+    for column, rows_left in columns.items():
+      text = 'every row' if len(rows_left) == whole else ', '.join(
+          f'`{row}`' for row in rows_left)
+      lines.append([tier, f'`{column}`', text])
+  return _table(['tier', 'column', 'not run yet'], lines) if lines else (
+      'Nothing is missing.')
+
+
+def leaderboard_published() -> str:
+  """Papers' numbers, and how what they were measured on differs."""
+  return _table(['column', 'row', 'accuracy, %', 'source', 'differs'], [
+      [f'`{column}`', f'`{row}`', f'{p.accuracy:.2f}', p.source, p.differs]
+      for column, what in leaderboard_lib.COLUMNS.items()
+      for row, p in what.published.items()])
+
+
+def leaderboard_cards() -> str:
+  """The identity cards of rules."""
+  return _table(['rule', *cards_lib.Card._fields], [
+      [f'`{name}`', *card] for name, card in cards_lib.CARDS.items()])
+
+
 FUNCTIONS: dict[str, Callable[..., str]] = {
     'averages': averages,
     'checks': checks,
@@ -426,6 +491,12 @@ FUNCTIONS: dict[str, Callable[..., str]] = {
     'compile_times': compile_times,
     'evidence': evidence,
     'found': found,
+    'leaderboard': leaderboard,
+    'leaderboard_cards': leaderboard_cards,
+    'leaderboard_commands': leaderboard_commands,
+    'leaderboard_missing': leaderboard_missing,
+    'leaderboard_published': leaderboard_published,
+    'leaderboard_records': leaderboard_records,
     'mean': mean,
     'number': number,
     'reasons': reasons,

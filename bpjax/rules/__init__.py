@@ -4,8 +4,10 @@ A new rule is a new file here. Those of the library are imported by name, so tha
 editors and type checkers see them.
 """
 
+from collections.abc import Callable
 import importlib
 import pkgutil
+from typing import Any
 
 from bpjax import paths
 from bpjax.by_path import by_path
@@ -36,7 +38,9 @@ from bpjax.rules.spsa import spsa
 from bpjax.rules.target_propagation import target_propagation
 from bpjax.rules.weight_mirror import weight_mirror
 
-_NAMES = tuple(sorted(m.name for m in pkgutil.iter_modules(__path__)))
+_LIBRARY = tuple(sorted(m.name for m in pkgutil.iter_modules(__path__)))
+_NAMES = _LIBRARY
+_REGISTERED: dict[str, Callable[..., Any]] = {}  # From elsewhere.
 for _name in _NAMES:
   if not callable(globals().get(_name)):  # A file that is new.
     globals()[_name] = getattr(
@@ -60,6 +64,7 @@ __all__ = (
     'pepita',
     'predictive_coding',
     'recursive_local_representation_alignment',
+    'register',
     'sign_symmetry',
     'spsa',
     'target_propagation',
@@ -97,3 +102,37 @@ def get(name: str):
         f'`rule` must be the name of a learning rule, got {name!r}; '
         f'{paths.nearest(name, _NAMES)}.')
   return globals()[name]
+
+
+def register(name: str, make: Callable[..., Any]) -> None:
+  """Gives a rule from elsewhere a name, in this process.
+
+  Configs know it by that name, and `names()` has it behind the library's.
+
+  Args:
+    name: an identifier that no other rule has; the same `make` may be given
+      twice.
+    make: makes the rule; configs give it `rule_args`.
+
+  Raises:
+    ValueError: for a name that is none or is taken, or a `make` that cannot be
+      called.
+
+  Example:
+    >>> register('halved', lambda: get('feedback_alignment')(scale=.5))
+    >>> get('halved')().name
+    'feedback_alignment'
+  """
+  global _NAMES
+  if not isinstance(name, str) or not name.isidentifier():
+    raise ValueError(
+        f'`name` must be a name such as my_rule, got {name!r}; use letters, '
+        'digits and _.')
+  if not callable(make):
+    raise ValueError(
+        f'`make` must be a function that returns a rule, got {make!r}.')
+  if name in globals() and name not in _REGISTERED:
+    raise ValueError(
+        f'`name` must be new, and {name!r} is taken; choose another.')
+  _REGISTERED[name] = globals()[name] = make
+  _NAMES = (*_LIBRARY, *sorted(_REGISTERED))

@@ -10,10 +10,15 @@ from bpjax import base
 from bpjax import feedback as feedback_lib
 from bpjax.engines import credit
 from bpjax.engines import unstored
+from bpjax.networks import examples
+import jax.numpy as jnp
+
+_CENTRES = ('none', 'output', 'units')
 
 
 def feedback_alignment(
-    scale: float = 1., stored: bool = True) -> credit.Rule:
+    scale: float = 1., stored: bool = True, centre: str = 'none'
+) -> credit.Rule:
   r"""Feedback alignment: as backprop, with fixed random B in place of W.
 
   .. math::
@@ -33,17 +38,35 @@ def feedback_alignment(
   tanh), and by the literature convolutional nets and transformers of more than
   a few layers.
 
+  With `centre` the error of example n is
+
+  .. math::
+    e_n - \tfrac{1}{N} \sum_m e_m
+
+  over the batch, entry by entry (position by position, in maps and sequences),
+  and takes the place of :math:`e_n` in the unit's own update as in what it
+  sends: 'output' does so at the output unit alone, before all else; 'units' at
+  every unit's output, which of a unit without a nonlinearity of its own is the
+  pre-activation. What all examples have in common, which fixed B sends on to all
+  of a layer alike, is then sent nowhere. The updates add up to 0 over the batch
+  there, so that a bias behind the centre keeps its first value: give the readout's
+  that of the classes, `bias = log(frequency)` (0 where all are as frequent), and,
+  since nothing else lets the readout lead, a rate of its own, ten times the
+  others': `config.optimizer_by_path = (('readout', 'adam', 1e-2),)`.
+
   Args:
     scale: factor on the standard deviation of B.
     stored: False keeps only keys, from which the same B are drawn again where
       they are used: no memory for them, and the time to draw them at each step.
+    centre: 'none'; 'output' or 'units': where the batch's mean is taken from the
+      error. Batches of one example would learn nothing.
 
   Returns:
     A rule; `feedback` is `{'kernel': B}` at each unit with something trainable
     below it. Fixed: keep it from the optimiser with `rule.trainable`.
 
   Raises:
-    ValueError: if `scale` is not positive; for weights that are transposed,
+    ValueError: if `scale` is not positive; for an unknown `centre`; for weights that are transposed,
       normalised or tied under `stored=False`.
 
   Example:
@@ -51,12 +74,28 @@ def feedback_alignment(
     >>> rule = bpjax.rules.feedback_alignment(scale=.5)
   """
   arguments.number('scale', scale, above=0)
+  arguments.choice('centre', centre, _CENTRES)
+
+  def centred(info, signal):
+    """What is left of the error without the mean over the batch."""
+    teaching = signal.teaching
+    if centre == 'none' or centre == 'output' and not info.is_output:
+      return teaching
+    whole = examples.first(teaching, info.examples)
+    count = len(whole)
+    if signal.mask is not None and whole.shape[:2] == signal.mask.shape:
+      count = jnp.maximum(signal.mask.sum(0), 1).reshape(
+          -1, *(1,) * (whole.ndim - 2))  # Real ones, at each position.
+    left = examples.back(
+        whole - whole.sum(0) / count, teaching.shape, info.examples)
+    return examples.only_real(
+        left.astype(teaching.dtype), signal.mask, info.examples)
 
   def init_unit(key, info, params):
     return feedback_lib.draw(key, info, params, scale)
 
   def backward(unit, params, feedback, activations, signal):
-    delta = unit.delta(params, activations, signal.teaching)
+    delta = unit.delta(params, activations, centred(unit.info, signal))
     messages = (
         unit.inputs_vjp(params, feedback, activations, delta) if feedback
         else (None,) * len(activations.inputs))

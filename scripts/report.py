@@ -102,6 +102,10 @@ def _judged(script, file):
   results = reproduction.Results(experiment.columns, runs)
   for preset in dict.fromkeys(run['preset'] for run in runs):
     for check in experiment.checks(preset):
+      excuse = check.excused(results)
+      if excuse:
+        yield check, None, excuse
+        continue
       try:
         value = check.measure(results)
       except reproduction.MissingError:
@@ -119,8 +123,10 @@ def checks(script: str, file: str = '') -> str:
     lines.append([
         check.text.replace('_', r'\_'),
         ', '.join(filter(None, (low, high))),
-        'not run' if value is None else f'{value:.4g}',
-        '' if value is None else 'holds' if holds else '**outside**'])
+        ('not judged' if holds else 'not run') if value is None
+        else f'{value:.4g}',
+        (holds or '') if value is None else 'holds' if holds
+        else '**outside**'])
   return _table(['must hold', 'bound', 'here', ''], lines)
 
 
@@ -128,8 +134,10 @@ def verdict(script: str, file: str = '') -> str:
   """How many of the checks hold, in a few words."""
   holds = [h for _, _, h in _judged(script, file)]
   missing = holds.count(None)
+  excused = sum(isinstance(h, str) for h in holds)
   text = f'{holds.count(True)} of {len(holds)} checks hold'
-  return f'{text}, {missing} not run' if missing else text
+  text += f', {missing} not run' if missing else ''
+  return text + (f', {excused} not judged' if excused else '')
 
 
 def verdicts() -> str:

@@ -426,7 +426,7 @@ def _record(run: _Run) -> Record | None:
       'test_accuracy_by_epoch': [
           _rounded(m['accuracy'], 4) for m in lines if m['split'] == 'test'],
       **_validation(lines),
-      **_bits(lines),
+      **_language(lines),
       'alignment': {
           unit: {
               kind: _rounded(value, 6)
@@ -452,15 +452,17 @@ def _validation(lines):
   return {'validation_accuracy_by_epoch': found} if found else {}
 
 
-def _bits(lines):
-  """Bits a character by split and epoch, of a language."""
+def _language(lines):
+  """What is known of a language alone, by split and epoch."""
   found = {
-      split: [_rounded(m['bits_per_character'], 4) for m in lines
-              if m['split'] == split and 'bits_per_character' in m]
-      for split in ('train', 'validation', 'test')}
-  if not found['test']:
-    return {}
-  return {'bits_per_character_by_epoch': {k: v for k, v in found.items() if v}}
+      name: {
+          split: [_rounded(m[name], 4) for m in lines
+                  if m['split'] == split and name in m]
+          for split in ('validation', 'test')}
+      for name in ('bits_per_character', 'perplexity')}
+  return {
+      f'{name}_by_epoch': {k: v for k, v in splits.items() if v}
+      for name, splits in found.items() if splits['test']}
 
 
 def _rounded(value, digits):

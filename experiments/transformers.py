@@ -2,8 +2,9 @@
 
 A row of their tables is a rule, at a depth: `RULE_DEPTH`. Every rule of a data
 set gets the same budget of settings, `CANDIDATES`, judged on validation examples
-with seed 0 at the smallest depth; the best is used at all depths, and what was
-found is kept in the folder of the runs and in the results file.
+with seed 0 at the smallest depth but 1 (one block cannot do what two can); the best
+is used at all depths, and what was found is kept in the folder of the runs and in
+the results file.
 """
 
 from __future__ import annotations
@@ -81,11 +82,11 @@ RULES = {
 }
 CANDIDATES = (  # Learning rate and weight decay, of AdamW.
     (1e-3, .01), (3e-3, .01), (3e-3, 1.))
-_OF_MIRRORS = ((1e-3, 0.), (3e-3, 0.), (1e-2, 0.))  # As many; see above.
+_OF_MIRRORS = ((1e-3, 0.), (1e-2, 0.), (3e-3, 0.))  # As many; see above.
 
 
 def candidates(rule: str) -> tuple[tuple[float, float], ...]:
-  """Learning rates and weight decays that a rule is tried with.
+  """Learning rates and weight decays that a rule, or a row, is tried with.
 
   Example:
     >>> candidates('backprop')[0]
@@ -118,12 +119,20 @@ def configured(
     config.rule_args.pooled = False
   for field, value in setting.fields.items():
     config[field] = value
-  return _with(config, candidates(rule)[candidate])
+  return with_candidate(config, rule, candidate)
 
 
-def _with(config, candidate):
+def with_candidate(
+    config: ml_collections.ConfigDict, rule: str, candidate: int
+) -> ml_collections.ConfigDict:
+  """A copy of a config with a candidate's learning rate and decay.
+
+  Example:
+    >>> with_candidate(config, 'usf', 1).learning_rate
+    0.003
+  """
   config = copy.deepcopy(config)
-  config.learning_rate, config.weight_decay = candidate
+  config.learning_rate, config.weight_decay = candidates(rule)[candidate]
   return config
 
 
@@ -168,7 +177,7 @@ class Trial(NamedTuple):
 def main(
     experiment: reproduction.Experiment, trial: Trial,
     depths: Sequence[int], datasets: Mapping[str, str] | None = None,
-    more: Mapping[str, Any] | None = None,
+    unsearched: Sequence[str] = (), more: Mapping[str, Any] | None = None,
     prepare: Callable[..., Any] | None = None) -> None:
   """Runs a script whose rows are named by `row_of`; never returns.
 
@@ -177,6 +186,7 @@ def main(
     trial: what `--trial` stands for.
     depths: those of the default.
     datasets: other name of a preset -> preset, for `--dataset`.
+    unsearched: presets whose rows have settings of their own.
     more: flags of the script's own, as `reproduction.main` takes them.
     prepare: as there, called first.
   """
@@ -187,8 +197,8 @@ def main(
           f'Numbers of blocks; default: {",".join(map(str, depths))}.')),
       'rules': (flags.DEFINE_list, [], 'Of the rows; default: all.'),
       'trial': (flags.DEFINE_boolean, False, f'A small grid: {_said(trial)}.'),
-      'search': (flags.DEFINE_boolean, True, (
-          '--nosearch: the first candidate for every rule.')),
+      'candidate': (flags.DEFINE_string, '', (
+          'Index of the setting that every rule gets, without a search.')),
       'search_epochs': (flags.DEFINE_integer, 0, (
           'Of a candidate; 0: a quarter of the run, one at least.')),
   }
@@ -196,7 +206,8 @@ def main(
   def prepared(made, values, given):
     if prepare:
       made, values = prepare(made, values, given)
-    return _prepare(made, trial, depths, datasets or {}, values, given)
+    return _prepare(
+        made, trial, depths, datasets or {}, unsearched, values, given)
 
   reproduction.main(experiment, {**own, **(more or {})}, prepared)
 
@@ -209,7 +220,8 @@ def _said(trial):
   return text + ''.join(f'; {o}' for o in trial.override)
 
 
-def _prepare(experiment, trial, depths, datasets, values, given):
+def _prepare(
+    experiment, trial, depths, datasets, unsearched, values, given):
   """`reproduction.Prepare`: which rows, and their settings."""
   if given['dataset'] and values['presets']:
     raise ValueError(
@@ -247,25 +259,30 @@ def _prepare(experiment, trial, depths, datasets, values, given):
         row.name for row in rows
         if parts(row.name)[0] in wanted and parts(row.name)[1] in chosen))
   found = {}
-  if given['search']:
-    found = _search(experiment, rows, values, given)
+  fixed = given['candidate']
+  if fixed and fixed not in map(str, range(len(CANDIDATES))):
+    raise ValueError(
+        f'`candidate` must be a number below {len(CANDIDATES)}, got {fixed!r}.')
+  if not fixed:
+    found = _search(
+        experiment, [r for r in rows if r.preset not in unsearched], values,
+        given)
   rates = {
-      (preset, rule): candidates(_rule_of(rule))[held['best']]
+      (preset, rule): held['best']
       for preset, held_rules in found.items()
       for rule, held in held_rules.items()}
+  if fixed:
+    rates = {
+        (row.preset, parts(row.name)[0]): int(fixed) for row in rows
+        if row.preset not in unsearched}
   head = {
       'date': time.strftime('%Y-%m-%d'), 'machine': machine(),
       'trial': bool(given['trial']), 'search': found}
   return dataclasses.replace(
       experiment, head=head, rows=[
-          row._replace(config=_with(row.config, rates[key]))
+          row._replace(config=with_candidate(row.config, key[1], rates[key]))
           if (key := (row.preset, parts(row.name)[0])) in rates else row
           for row in experiment.rows]), values
-
-
-def _rule_of(rule):
-  """The name in `RULES` that a row's own begins with."""
-  return rule if rule in RULES else ''
 
 
 def _depths(given, rows):
@@ -297,18 +314,19 @@ def _search(experiment, rows, values, given):
       if rule in held:
         continue
       row = min((r for r in of_preset if parts(r.name)[0] == rule),
-                key=lambda r: parts(r.name)[1])
+                key=lambda r: (parts(r.name)[1] == 1, parts(r.name)[1]))
       epochs = given['search_epochs'] or max(
           1, (values['epochs'] or row.config.epochs) // 4)
-      tried = candidates(_rule_of(rule))
+      tried = candidates(rule)
       configs = [
-          flags_lib.override(_with(row.config, candidate), {
+          flags_lib.override(with_candidate(row.config, rule, i), {
               **texts, 'epochs': str(epochs), 'seed': '0'})
-          for candidate in tried]
+          for i, _ in enumerate(tried)]
       for config in configs:
         config_lib.check(config)
       (_, accuracies), = search_lib.search(
-          {row.name: configs}, os.path.join(workdir, 'search'), preset)
+          {row.name: configs}, os.path.join(workdir, 'search'),
+          preset or experiment.name)
       held[rule] = {
           'row': row.name, 'epochs': epochs, 'seed': 0,
           'learning_rate_and_decay': [list(c) for c in tried],

@@ -82,8 +82,9 @@ RULES = {
     'frozen': Setting('backprop', {}, {'frozen': ('block_*',)}),
 }
 CANDIDATES = (  # Learning rate and weight decay, of AdamW.
-    (1e-3, .01), (3e-3, .01), (3e-3, 1.))
-_OF_MIRRORS = ((1e-3, 0.), (1e-2, 0.), (3e-3, 0.))  # As many; see above.
+    (1e-3, .01), (3e-3, .01), (3e-3, 1.), (3e-3, 3.))
+_OF_MIRRORS = (  # As many, but with no decay; see above.
+    (1e-3, 0.), (1e-2, 0.), (3e-3, 0.), (5e-4, 0.))
 
 
 def candidates(rule: str) -> tuple[tuple[float, float], ...]:
@@ -198,8 +199,9 @@ def main(
           f'Numbers of blocks; default: {",".join(map(str, depths))}.')),
       'rules': (flags.DEFINE_list, [], 'Of the rows; default: all.'),
       'trial': (flags.DEFINE_boolean, False, f'A small grid: {_said(trial)}.'),
-      'candidate': (flags.DEFINE_string, '', (
-          'Index of the setting that every rule gets, without a search.')),
+      'candidate': (flags.DEFINE_list, [], (
+          'Index of the setting that every rule gets, without a search; '
+          'RULE:INDEX for one rule.')),
       'search_epochs': (flags.DEFINE_integer, 0, (
           'Of a candidate; 0: a quarter of the run, one at least.')),
   }
@@ -260,10 +262,7 @@ def _prepare(
         row.name for row in rows
         if parts(row.name)[0] in wanted and parts(row.name)[1] in chosen))
   found = {}
-  fixed = given['candidate']
-  if fixed and fixed not in map(str, range(len(CANDIDATES))):
-    raise ValueError(
-        f'`candidate` must be a number below {len(CANDIDATES)}, got {fixed!r}.')
+  fixed = _fixed(given['candidate'], rules)
   if not fixed:
     found = _search(
         experiment, [r for r in rows if r.preset not in unsearched], values,
@@ -274,8 +273,9 @@ def _prepare(
       for rule, held in held_rules.items()}
   if fixed:
     rates = {
-        (row.preset, parts(row.name)[0]): int(fixed) for row in rows
-        if row.preset not in unsearched}
+        (row.preset, rule): fixed[rule] for row in rows
+        if row.preset not in unsearched and (
+            rule := parts(row.name)[0]) in fixed}
   head = {
       'date': time.strftime('%Y-%m-%d'), 'machine': machine(),
       'trial': bool(given['trial']), 'search': found}
@@ -284,6 +284,23 @@ def _prepare(
           row._replace(config=with_candidate(row.config, key[1], rates[key]))
           if (key := (row.preset, parts(row.name)[0])) in rates else row
           for row in experiment.rows]), values
+
+
+def _fixed(given, rules):
+  """Rule -> index of its setting, of `--candidate`; {} without one."""
+  found = {}
+  for text in given:
+    rule, _, index = text.rpartition(':')
+    if index not in map(str, range(len(CANDIDATES))) or rule not in ('', *rules):
+      raise ValueError(
+          f'`candidate` must be a number below {len(CANDIDATES)}, or RULE:NUMBER '
+          f'with one of {", ".join(rules)}, got {text!r}.')
+    found |= dict.fromkeys([rule] if rule else rules, int(index))
+  if found and set(found) != set(rules):
+    raise ValueError(
+        '`candidate` must begin with a number for all rules, got '
+        f'{",".join(given)!r}; write for example --candidate=0,{text}.')
+  return found
 
 
 def _depths(given, rows):

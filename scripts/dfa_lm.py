@@ -9,7 +9,7 @@
 are the table. Rows: backprop, Kolen-Pollack, weight mirror, sign symmetry, feedback
 alignment; direct feedback once (macro) or three times (micro) a block, of the error
 behind the projection to the vocabulary, or before it (`_hidden`); forward gradient
-of activities with a loss for every block; and the frozen blocks. Each rule has three
+of activities with a loss for every block; and the frozen blocks. Each rule has four
 learning rates and decays, judged on validation examples for a quarter of the epochs.
 The test split chose nothing. Read from TFDS_DATA_DIR.
 

@@ -15,10 +15,10 @@ Rows: backprop, feedback alignment, Kolen-Pollack, weight mirror, sign symmetry
 (uniform), direct feedback to each block, local representation alignment, its
 recursive kind with direct wires, forward gradient of activities with a loss for
 every block, and the control `frozen`: embedding and readout learn, the blocks
-keep their first values. Each rule has three learning rates and decays, judged on
+keep their first values. Each rule has four learning rates and decays, judged on
 validation examples at the smallest depth with seed 0 for a quarter of the epochs;
 the best is used at all depths. KP's decay has to let feedback align within the
-run, so that one of the three is a strong one.
+run, so that two of the four are strong ones.
 
 Must hold, where backprop is at least three standard errors above the frozen
 blocks: Kolen-Pollack within 1.5 points of backprop at every depth; feedback

@@ -19,7 +19,7 @@ from scripts import report
 
 _SCRIPTS = ('dfa_lm', 'transformer_depth', 'transformer_paths', 'vit_cifar')
 _OWN = {'dataset': [], 'depths': [], 'rules': [], 'trial': False,
-        'candidate': '', 'search_epochs': 0}
+        'candidate': [], 'search_epochs': 0}
 _FLAGS = {'workdir': '', 'seeds': [], 'rows': [], 'presets': [], 'epochs': 0,
           'override': [], 'train': True, 'output': '', 'read': '',
           'picture': ''}
@@ -96,14 +96,15 @@ class SettingsTest(parameterized.TestCase):
 
   def test_one_setting_for_all(self):
     experiment, values = _prepared(
-        'transformer_depth', dataset=['sick'], depths=['2'], candidate='1')
+        'transformer_depth', dataset=['sick'], depths=['2'],
+        candidate=['1', 'usf:3'])
     self.assertLen(values['rows'], 10)
     rows = {r.name: r for r in experiment.rows if r.preset == 'sick'}
     for row in values['rows']:
       rule, _ = transformers.parts(row)
       self.assertEqual(
           (rows[row].config.learning_rate, rows[row].config.weight_decay),
-          transformers.candidates(rule)[1])
+          transformers.candidates(rule)[3 if rule == 'usf' else 1])
 
   def test_the_best_candidate_goes_to_every_depth(self):
     seen = []
@@ -111,14 +112,14 @@ class SettingsTest(parameterized.TestCase):
     def made_up(rows, workdir, prefix):
       for row, configs in rows.items():
         seen.append((prefix, row, [c.epochs for c in configs]))
-        yield row, [.1, None, .3]
+        yield row, [.1, None, .3, .2]
 
     self.patch.setattr(search, 'search', made_up)
     own = {'dataset': ['sick'], 'depths': ['1', '2', '4'], 'rules': ['usf']}
     flags = {'workdir': str(self.tmp)}
     for _ in range(2):  # The second time nothing is searched.
       experiment, values = _prepared('transformer_depth', flags, **own)
-    self.assertEqual(seen, [('sick', 'usf_2', [2, 2, 2])])
+    self.assertEqual(seen, [('sick', 'usf_2', [2, 2, 2, 2])])
     self.assertEqual(values['rows'], ['usf_1', 'usf_2', 'usf_4'])
     self.assertEqual(experiment.head['search']['sick']['usf']['best'], 2)
     for row in experiment.rows:
@@ -129,7 +130,8 @@ class SettingsTest(parameterized.TestCase):
       ({'dataset': ['sik']}, '`dataset` has no'),
       ({'depths': ['3']}, '`depths` must be among'),
       ({'rules': ['bp']}, '`rules` has no'),
-      ({'candidate': '3'}, '`candidate` must be a number below 3'))
+      ({'candidate': ['4']}, '`candidate` must be a number below 4'),
+      ({'candidate': ['usf:1']}, '`candidate` must begin with a number'))
   def test_refused(self, own, sentence):
     with self.assertRaisesRegex(ValueError, sentence):
       _prepared('transformer_depth', **own)
@@ -231,7 +233,7 @@ class TrainingTest(parameterized.TestCase):
     output = self.tmp / 'results.json'
     experiment, values = _prepared(name, {
         'workdir': str(self.tmp / 'runs'), 'output': str(output), 'epochs': 1,
-        'override': override}, candidate='0', **own)
+        'override': override}, candidate=['0'], **own)
     # Most checks miss their rows.
     self.assertEqual(reproduction.reproduce(experiment, **values), 1)
     held = json.loads(output.read_text())

@@ -257,10 +257,12 @@ def _prepare(
     values['seeds'] = values['seeds'] or list(trial.seeds)
     values['epochs'] = values['epochs'] or trial.epochs
     values['override'] = [*trial.override, *values['override']]
+  asked = experiment.rows
   if not values['rows']:
     values['rows'] = list(dict.fromkeys(
         row.name for row in rows
         if parts(row.name)[0] in wanted and parts(row.name)[1] in chosen))
+    asked = [row for row in rows if row.name in values['rows']]
   found = {}
   fixed = _fixed(given['candidate'], rules)
   if not fixed:
@@ -283,7 +285,7 @@ def _prepare(
       experiment, head=head, rows=[
           row._replace(config=with_candidate(row.config, key[1], rates[key]))
           if (key := (row.preset, parts(row.name)[0])) in rates else row
-          for row in experiment.rows]), values
+          for row in asked]), values
 
 
 def _fixed(given, rules):
@@ -437,10 +439,16 @@ def where_blocks_matter(
 ) -> Callable[[reproduction.Results], str]:
   """For `Check.excused`: backprop is not clearly above the frozen blocks.
 
+  Nor is anything judged at a depth of which there is no run at all.
+
   Example:
     >>> check._replace(excused=where_blocks_matter('sst2', 2, 872))
   """
   def excused(results):
+    if not any(
+        run['preset'] == preset and run['row'].endswith(f'_{depth}')
+        for run in results.runs):
+      return 'no run has this depth'
     rows = [f'{preset},{row_of(r, depth)}' for r in ('backprop', 'frozen')]
     try:
       gap = results.mean(rows[0], _ACCURACY) - results.mean(rows[1], _ACCURACY)

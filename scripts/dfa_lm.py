@@ -178,9 +178,6 @@ EXPERIMENT = reproduction.Experiment(
         reproduction.Column(_BITS, _last('bits_per_character', 'validation'), 3),
         reproduction.Column(_TEST, _last('bits_per_character', 'test'), 3),
         reproduction.Column(_PERPLEXITY, _last('perplexity', 'validation'), 2),
-        reproduction.Column(
-            'ms a step', lambda run: 1e3 * run['median_step_time']
-            if run['median_step_time'] else None, 1),
     ],
     checks=_checks, presets=(_CHARACTERS,), draw=draw)
 

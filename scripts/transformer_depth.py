@@ -164,9 +164,6 @@ EXPERIMENT = reproduction.Experiment(
     columns=[
         reproduction.Column(_ACCURACY, reproduction.test_accuracy),
         reproduction.Column('train accuracy, %', reproduction.train_accuracy),
-        reproduction.Column(
-            'ms a step', lambda run: 1e3 * run['median_step_time']
-            if run['median_step_time'] else None, 1),
     ],
     checks=_checks, presets=('sick',), report=_report, draw=draw)
 

@@ -448,7 +448,7 @@ def where_blocks_matter(
     if not any(
         run['preset'] == preset and run['row'].endswith(f'_{depth}')
         for run in results.runs):
-      return 'no run has this depth'
+      return reproduction.NOT_ASKED
     rows = [f'{preset},{row_of(r, depth)}' for r in ('backprop', 'frozen')]
     try:
       gap = results.mean(rows[0], _ACCURACY) - results.mean(rows[1], _ACCURACY)

@@ -109,7 +109,7 @@ def _checks(preset):
       reproduction.difference(
           _label('frozen'), _label('backprop'), _BITS, math.nextafter(.3, 0.)),
       reproduction.Check(
-          f'|{_label("kolen_pollack")} - backprop|: {_BITS}',
+          f'{_label("kolen_pollack")} from backprop: {_BITS}',
           lambda results: abs(_gap('kolen_pollack', 'backprop')(results)),
           high=math.nextafter(.1, math.inf), excused=_excused),
       *(reproduction.difference(

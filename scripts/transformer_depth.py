@@ -81,7 +81,7 @@ def _checks(preset):
   for depth in DEPTHS:
     excused = transformers.where_blocks_matter(preset, depth, count, _MATTERS)
     made.append(reproduction.Check(
-        f'{preset}, depth {depth}: |Kolen-Pollack - backprop|, points',
+        f'{preset}, depth {depth}: Kolen-Pollack from backprop, points',
         lambda results, d=depth: abs(
             _gap(preset, 'kolen_pollack', 'backprop', d, results)),
         high=math.nextafter(_BOUND, math.inf), excused=excused))

@@ -175,7 +175,7 @@ class ChecksTest(parameterized.TestCase):
       ((.70, .90), (.3, .30), 'outside', 'outside'))
   def test_where_blocks_matter(self, kp, fa, close, above):
     self.assertEqual(
-        self._judged(self._results(kp, fa)), {'|Kole': close, 'p-val': above})
+        self._judged(self._results(kp, fa)), {'Kolen': close, 'p-val': above})
 
   def test_where_they_do_not(self):
     found = self._judged(self._results((.9, .9), (.9, .9), (.89, .9)))

@@ -11,6 +11,10 @@ as several keys are asked in each row; on all others an encoder's.
 
 recall: four pairs of 64 keys and 16 values, all keys asked; chance is 6.25%. With
 the 16 keys of associative_recall.py frozen blocks learn it, too, in ten epochs.
+
+listops: that of listops.py. Lists within lists are needed: of flat ones (depth 1,
+up to five digits, mean pooling, three epochs, one seed) frozen blocks give 77.9%,
+and backprop 79.1%.
 """
 
 from experiments import transformers
@@ -46,11 +50,6 @@ def get_config(what: str = 'sick:backprop:2'):
     config.dataset_args.queries = 4
     config.dataset_args.keys = 64
     config.epochs = 3
-  elif dataset == 'listops':
-    config.dataset_args.depth = 2
-    config.dataset_args.arguments = 3
-    config.length = 16
-    config.model_args.pool = 'mean'
   config.model_args.depth = int(depth)
   config.keep_checkpoints = 1
   return transformers.configured(

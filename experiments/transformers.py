@@ -179,7 +179,8 @@ class Trial(NamedTuple):
 def main(
     experiment: reproduction.Experiment, trial: Trial,
     depths: Sequence[int], datasets: Mapping[str, str] | None = None,
-    unsearched: Sequence[str] = (), more: Mapping[str, Any] | None = None,
+    seeds: Sequence[str] = ('0',), unsearched: Sequence[str] = (),
+    more: Mapping[str, Any] | None = None,
     prepare: Callable[..., Any] | None = None) -> None:
   """Runs a script whose rows are named by `row_of`; never returns.
 
@@ -188,6 +189,7 @@ def main(
     trial: what `--trial` stands for.
     depths: those of the default.
     datasets: other name of a preset -> preset, for `--dataset`.
+    seeds: those of the default, as texts.
     unsearched: presets whose rows have settings of their own.
     more: flags of the script's own, as `reproduction.main` takes them.
     prepare: as there, called first.
@@ -209,6 +211,8 @@ def main(
   def prepared(made, values, given):
     if prepare:
       made, values = prepare(made, values, given)
+    if not (values['seeds'] or values['read']):
+      values = {**values, 'seeds': list(trial.seeds if given['trial'] else seeds)}
     return _prepare(
         made, trial, depths, datasets or {}, unsearched, values, given)
 
@@ -254,7 +258,6 @@ def _prepare(
   chosen = _depths(
       given['depths'] or (trial.depths if given['trial'] else depths), rows)
   if given['trial']:
-    values['seeds'] = values['seeds'] or list(trial.seeds)
     values['epochs'] = values['epochs'] or trial.epochs
     values['override'] = [*trial.override, *values['override']]
   asked = experiment.rows

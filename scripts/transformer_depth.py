@@ -168,4 +168,5 @@ EXPERIMENT = reproduction.Experiment(
     checks=_checks, presets=('sick',), report=_report, draw=draw)
 
 if __name__ == '__main__':
-  transformers.main(EXPERIMENT, TRIAL, (1, 2, 4, 8), _NAMES)
+  transformers.main(
+      EXPERIMENT, TRIAL, (1, 2, 4, 8), _NAMES, seeds=('0', '1'))

@@ -200,12 +200,20 @@ class Attention(_Sublayer):
   """`LN(dropout(W_n attention(W_qkv x)) + x)`; see `Block`."""
   heads: int = 1
   causal: bool = False
+  separate: bool = False
 
   @nn.compact
   def __call__(self, x, mask=None, train: bool = False):
     width = x.shape[-1]
+
+    def qkv(x):
+      if not self.separate:
+        return self.dense(3 * width, 'qkv')(x)
+      return jnp.concatenate([
+          self.dense(width, name)(x) for name in ('query', 'key', 'value')], -1)
+
     return self.around(x, lambda x: self.dense(width, 'out')(attend(
-        self.dense(3 * width, 'qkv')(x), self.heads, mask, self.causal)), train)
+        qkv(x), self.heads, mask, self.causal)), train)
 
 
 class FeedForward(_Sublayer):
@@ -232,7 +240,9 @@ class Block(nn.Module):
 
   With `norm='pre'` each norm is taken of what its branch reads, and not of the
   sum. The maps are the units `attention/qkv` (queries, keys and values in one),
-  `attention/out`, `feed_forward/in` and `feed_forward/out`.
+  `attention/out`, `feed_forward/in` and `feed_forward/out`. With `separate` the
+  first is three, `attention/query`, `attention/key` and `attention/value`, so
+  that each can have a rule of its own; the function is the same.
 
   Attributes:
     heads: of the attention.
@@ -242,6 +252,7 @@ class Block(nn.Module):
     activation: phi.
     causal: whether tokens attend to none behind them.
     dtype: of the computation.
+    separate: whether queries, keys and values are three maps.
   """
   heads: int
   hidden: int
@@ -250,12 +261,13 @@ class Block(nn.Module):
   activation: Callable[[jax.Array], jax.Array]
   causal: bool = False
   dtype: jnp.dtype | None = None
+  separate: bool = False
 
   @nn.compact
   def __call__(self, x, mask=None, train: bool = False):
     x = Attention(
         self.norm, self.dropout, self.dtype, self.heads, self.causal,
-        name='attention')(x, mask, train)
+        self.separate, name='attention')(x, mask, train)
     return FeedForward(
         self.norm, self.dropout, self.dtype, self.hidden, self.activation,
         name='feed_forward')(x, train)
@@ -273,13 +285,15 @@ class Stack(nn.Module):
   dropout: float
   activation: Callable[[jax.Array], jax.Array]
   dtype: jnp.dtype | None
+  separate: bool
 
   def blocks(self, x, mask, train, causal=False):
     """All blocks; behind them, with norms before branches, one more norm."""
     for i in range(self.depth):
       x = Block(
           self.heads, self.hidden, self.norm, self.dropout, self.activation,
-          causal, self.dtype, name=f'block_{i}')(x, mask, train)
+          causal, self.dtype, self.separate, name=f'block_{i}')(
+              x, mask, train)
     if self.norm == 'pre':
       x = self.normed(x, 'norm')
     return x
@@ -293,7 +307,7 @@ class Stack(nn.Module):
 
 def check(
     *, depth: int, width: int, heads: int, hidden: int | None, norm: str,
-    dropout: float) -> None:
+    dropout: float, separate: bool) -> None:
   """Raises a ValueError for sizes and choices that no transformer can have."""
   for name, size in (('depth', depth), ('width', width), ('heads', heads),
                      ('hidden', 4 * width if hidden is None else hidden)):
@@ -301,3 +315,4 @@ def check(
   blocks.check_divides('heads', heads, 'width', width)
   arguments.choice('norm', norm, NORMS)
   blocks.check_rate('dropout', dropout)
+  arguments.flag('separate', separate)

@@ -43,6 +43,7 @@ import rich.table
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # pylint: disable=g-import-not-at-top
 
+NOT_ASKED = 'no run is of its kind'  # Why a check is left out altogether.
 Record = dict[str, Any]  # One run, as the results file holds it.
 _COPIED = (
     'rule', 'epochs', 'steps', 'test_accuracy', 'train_accuracy',
@@ -140,11 +141,14 @@ class Check(NamedTuple):
     measure: the number; may raise MissingError.
     low: what it has to be above.
     high: what it has to be below.
+    excused: why it is not judged with these results, or ''; with `NOT_ASKED` it
+      is not spoken of.
   """
   text: str
   measure: Callable[[Results], float]
   low: float = -math.inf
   high: float = math.inf
+  excused: Callable[[Results], str] = lambda results: ''
 
 
 def between(label: str, column: str, low: float, high: float) -> Check:
@@ -184,6 +188,7 @@ class Experiment:
     presets: those that are made unless others are asked for.
     report: results and preset -> lines that are printed but not checked.
     draw: draws the results into a file.
+    head: what a results file says of all runs.
   """
   name: str
   title: str
@@ -193,6 +198,14 @@ class Experiment:
   presets: Sequence[str] = ('',)
   report: Callable[[Results, str], Iterable[str]] = lambda results, preset: ()
   draw: Callable[[Results, str], None] | None = None
+  head: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+# What a script makes of its own flags: `(experiment, the flags here, its own) ->
+# (experiment, the flags here)`, either of which may be changed.
+Prepare = Callable[
+    [Experiment, dict[str, Any], dict[str, Any]],
+    tuple[Experiment, dict[str, Any]]]
 
 
 class Run(NamedTuple):
@@ -208,8 +221,18 @@ class Run(NamedTuple):
   folder: str
 
 
-def main(experiment: Experiment) -> None:
-  """Runs a script: its flags, then `reproduce`; never returns."""
+def main(
+    experiment: Experiment,
+    more: Mapping[str, tuple[Callable[..., Any], Any, str]] | None = None,
+    prepare: Prepare | None = None) -> None:
+  """Runs a script: its flags, then `reproduce`; never returns.
+
+  Args:
+    experiment: the table.
+    more: flags of the script's own: name -> what defines it, default, text.
+    prepare: what it makes of them, before anything else; a ValueError ends the
+      script with code 2.
+  """
   # The flags are the script's, which lists them under --help; and defined here,
   # as another program that imports this module has its own of these names.
   flags.disclaim_key_flags()
@@ -233,14 +256,23 @@ def main(experiment: Experiment) -> None:
       'picture': (flags.DEFINE_string, '', (
           f"The plot; default {experiment.name}.png in the runs' folder.")),
   }
-  for name, (kind, default, text) in define.items():
+  more = more or {}
+  for name, (kind, default, text) in (define | dict(more)).items():
     kind(name, default, text)
 
   def run(argv):
     del argv
     logging.set_verbosity(logging.ERROR)  # Of libraries.
     values = {name: flags.FLAGS[name].value for name in define}
-    sys.exit(reproduce(experiment, **values))
+    made = experiment
+    if prepare:
+      own = {name: flags.FLAGS[name].value for name in more}
+      try:
+        made, values = prepare(experiment, values, own)
+      except ValueError as error:
+        print(f'error: {error}', file=sys.stderr)
+        sys.exit(2)
+    sys.exit(reproduce(made, **values))
 
   app.run(run, flags_parser=measurement.parse_flags)
 
@@ -422,6 +454,7 @@ def record(run: Run) -> Record | None:
       'test_accuracy_by_epoch': [
           _rounded(m['accuracy'], 4) for m in lines if m['split'] == 'test'],
       **_validation(lines),
+      **_language(lines),
       'alignment': {
           unit: {
               kind: _rounded(value, 6)
@@ -445,6 +478,19 @@ def _validation(lines):
   found = [
       _rounded(m['accuracy'], 4) for m in lines if m['split'] == 'validation']
   return {'validation_accuracy_by_epoch': found} if found else {}
+
+
+def _language(lines):
+  """What is known of a language alone, by split and epoch."""
+  found = {
+      name: {
+          split: [_rounded(m[name], 4) for m in lines
+                  if m['split'] == split and name in m]
+          for split in ('validation', 'test')}
+      for name in ('bits_per_character', 'perplexity')}
+  return {
+      f'{name}_by_epoch': {k: v for k, v in splits.items() if v}
+      for name, splits in found.items() if splits['test']}
 
 
 def _rounded(value, digits):
@@ -471,7 +517,9 @@ def write(experiment: Experiment, path: str, runs: Sequence[Record]) -> None:
     >>> write(experiment, 'results/akrout_mnist.json', runs)
   """
   command = ' '.join([f'python scripts/{experiment.name}.py', *sys.argv[1:]])
-  head = {'command': command, 'versions': summary_lib.versions()}
+  head = {
+      'command': command, 'versions': summary_lib.versions(),
+      **experiment.head}
   lines = [f'  {json.dumps(run, allow_nan=False)}' for run in runs]
   text = json.dumps(head, indent=1)[:-2]  # Without what closes it.
   with open(path, 'w', encoding='utf-8') as file:
@@ -520,6 +568,12 @@ def _show(experiment, results, presets):
 
 def _judge(check, results):
   """Prints one line of a check; whether it holds."""
+  excuse = check.excused(results)
+  if excuse == NOT_ASKED:
+    return True
+  if excuse:
+    print(f'not judged: {check.text}: {excuse}')
+    return True
   try:
     value = check.measure(results)
   except MissingError as error:

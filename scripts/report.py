@@ -37,6 +37,7 @@ _PAGES = 'docs/results'
 _TEMPLATES = 'docs/results/templates'
 _REGION = re.compile(r'(<!-- report: (.+?) -->\n).*?(<!-- end -->)', re.S)
 _DIRECTIVE = re.compile(r'<<(.+?)>>')
+_NAMED = 8  # Most rows that are said not to have run by name.
 _NOTICE = (
     '<!-- Written by scripts/report.py from results/*.json and {}; change '
     'these. -->\n\n')
@@ -95,6 +96,8 @@ def reproduction_table(
   table = _table(
       ['row', *(c.name for c in columns),
        *(f'paper: {c.name}' for c in paper)], lines)
+  if len(missing) > _NAMED:
+    return f'{table}\n\nNot run: {len(missing)} other rows.'
   return table + (
       f'\n\nNot run: {", ".join(missing)}.' if missing else '')
 
@@ -105,6 +108,11 @@ def _judged(script, file):
   results = reproduction.Results(experiment.columns, runs)
   for preset in dict.fromkeys(run['preset'] for run in runs):
     for check in experiment.checks(preset):
+      excuse = check.excused(results)
+      if excuse and excuse != reproduction.NOT_ASKED:
+        yield check, None, excuse
+      if excuse:
+        continue
       try:
         value = check.measure(results)
       except reproduction.MissingError:
@@ -122,8 +130,10 @@ def checks(script: str, file: str = '') -> str:
     lines.append([
         check.text.replace('_', r'\_'),
         ', '.join(filter(None, (low, high))),
-        'not run' if value is None else f'{value:.4g}',
-        '' if value is None else 'holds' if holds else '**outside**'])
+        ('not judged' if holds else 'not run') if value is None
+        else f'{value:.4g}',
+        (holds or '') if value is None else 'holds' if holds
+        else '**outside**'])
   return _table(['must hold', 'bound', 'here', ''], lines)
 
 
@@ -131,8 +141,10 @@ def verdict(script: str, file: str = '') -> str:
   """How many of the checks hold, in a few words."""
   holds = [h for _, _, h in _judged(script, file)]
   missing = holds.count(None)
+  excused = sum(isinstance(h, str) for h in holds)
   text = f'{holds.count(True)} of {len(holds)} checks hold'
-  return f'{text}, {missing} not run' if missing else text
+  text += f', {missing} not run' if missing else ''
+  return text + (f', {excused} not judged' if excused else '')
 
 
 def verdicts() -> str:

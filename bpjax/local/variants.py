@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from bpjax import arguments
 from bpjax import paths
 from bpjax import rules
 from bpjax.local import losses as local_losses
@@ -35,8 +36,8 @@ def variant(
     name: str, blocks: view_lib.Blocks = ('block_*',), *, grouped: bool = True,
     groups: int = 1, placement: str = 'group',
     loss: local_losses.LocalLoss | None = None, last: str | None = None,
-    directions: str = 'rademacher', samples: int = 1, head_scale: float = 1.,
-    feedback_scale: float = 1.) -> Any:
+    pooled: bool = True, directions: str = 'rademacher', samples: int = 1,
+    head_scale: float = 1., feedback_scale: float = 1.) -> Any:
   """A rule that trains a network of blocks, by its name in the paper.
 
   ::
@@ -88,6 +89,8 @@ def variant(
     placement: 'block', 'patch' or 'group': where the local losses of LG-FG-W
       and LG-FG-A are. For other rules it makes no difference.
     loss: a local loss; default `bpjax.local_losses.prediction()`.
+    pooled: whether the default local loss averages positions; False for labels of
+      each position, as a language model's.
     last: path of the last block; needed, and read, with `loss` for the names
       without L.
     directions: as in `bpjax.rules.forward_gradient`; 'rademacher' is faster on
@@ -115,7 +118,10 @@ def variant(
     raise ValueError(
         f'`name` must be a variant of the paper, got {name!r}; '
         f'{paths.nearest(name, _VARIANTS)}.')
+  arguments.flag('pooled', pooled)
   where, kind = _VARIANTS[name]
+  if where and loss is None and not pooled:
+    loss = local_losses.prediction(pooled=False)
   made = _rules(directions, samples, feedback_scale)
   greedy = local(
       made[kind], blocks, loss=loss, placement=placement, groups=groups,

@@ -54,7 +54,8 @@ def bert_encoder(
     num_classes: int, depth: int = 2, width: int = 128, heads: int = 4,
     hidden: int | None = None, vocabulary: int = 8192, length: int = 128,
     segments: int = 2, norm: str = 'post', activation: str = 'gelu',
-    dropout: float = .1, pool: str = 'cls', dtype: str | None = None
+    dropout: float = .1, pool: str = 'cls', dtype: str | None = None,
+    separate: bool = False
 ) -> BertEncoder:
   r"""A BERT-style encoder for sentences and pairs of sentences.
 
@@ -103,6 +104,9 @@ def bert_encoder(
     pool: what the pooler reads: 'cls', the first token, or 'mean', the mean over
       real tokens.
     dtype: of the computation, such as 'bfloat16'; default single precision.
+    separate: whether queries, keys and values are three maps, the units
+      `attention/query`, `attention/key` and `attention/value`, and not one; the
+      parameters are as many.
 
   Returns:
     A module from tokens `[batch, length]` to logits `[batch, num_classes]`; its
@@ -119,12 +123,13 @@ def bert_encoder(
   """
   transformer.check(
       depth=depth, width=width, heads=heads, hidden=hidden, norm=norm,
-      dropout=dropout)
+      dropout=dropout, separate=separate)
   for name, size in (('num_classes', num_classes), ('vocabulary', vocabulary),
                      ('length', length), ('segments', segments)):
     blocks.check_sizes(name, size)
   arguments.choice('pool', pool, _POOLS)
   return BertEncoder(
       depth, heads, 4 * width if hidden is None else hidden, norm, dropout,
-      activations.get(activation), transformer.check_dtype(dtype), num_classes,
+      activations.get(activation), transformer.check_dtype(dtype), separate,
+      num_classes,
       width, vocabulary, length, segments, pool)

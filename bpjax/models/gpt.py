@@ -47,7 +47,8 @@ def gpt(
     num_classes: int, depth: int = 2, width: int = 128, heads: int = 4,
     hidden: int | None = None, length: int = 128, norm: str = 'post',
     activation: str = 'gelu', positions: str = 'learned', tied: bool = False,
-    dropout: float = .1, dtype: str | None = None) -> Gpt:
+    dropout: float = .1, dtype: str | None = None,
+    separate: bool = False) -> Gpt:
   r"""A causal transformer that predicts the next token.
 
   The embedding times :math:`\sqrt d`, plus positions; blocks as those of
@@ -84,6 +85,9 @@ def gpt(
     tied: whether the embedding is the readout's matrix, too.
     dropout: rate, behind embeddings, W_n and W_o, in training.
     dtype: of the computation, such as 'bfloat16'; default single precision.
+    separate: whether queries, keys and values are three maps, the units
+      `attention/query`, `attention/key` and `attention/value`, and not one; the
+      parameters are as many.
 
   Returns:
     A module from tokens `[batch, length]` to logits `[batch, length,
@@ -98,11 +102,12 @@ def gpt(
   """
   transformer.check(
       depth=depth, width=width, heads=heads, hidden=hidden, norm=norm,
-      dropout=dropout)
+      dropout=dropout, separate=separate)
   blocks.check_sizes('num_classes', num_classes)
   blocks.check_sizes('length', length)
   arguments.choice('positions', positions, _POSITIONS)
   return Gpt(
       depth, heads, 4 * width if hidden is None else hidden, norm, dropout,
-      activations.get(activation), transformer.check_dtype(dtype), num_classes,
+      activations.get(activation), transformer.check_dtype(dtype), separate,
+      num_classes,
       width, length, positions, tied)

@@ -33,7 +33,8 @@ class Vit(transformer.Stack):
 def vit(
     num_classes: int, depth: int = 4, width: int = 128, heads: int = 4,
     hidden: int | None = None, patch: int = 4, norm: str = 'pre',
-    activation: str = 'gelu', dropout: float = 0., dtype: str | None = None
+    activation: str = 'gelu', dropout: float = 0., dtype: str | None = None,
+    separate: bool = False
 ) -> Vit:
   r"""A vision transformer: blocks of a transformer on patches of an image.
 
@@ -61,6 +62,9 @@ def vit(
     activation: of the middle layer, a name that `bpjax.activations.get` knows.
     dropout: rate, behind patches, W_n and W_o, in training.
     dtype: of the computation, such as 'bfloat16'; default single precision.
+    separate: whether queries, keys and values are three maps, the units
+      `attention/query`, `attention/key` and `attention/value`, and not one; the
+      parameters are as many.
 
   Returns:
     A module from images `[batch, height, width, channels]` to logits `[batch,
@@ -75,10 +79,11 @@ def vit(
   """
   transformer.check(
       depth=depth, width=width, heads=heads, hidden=hidden, norm=norm,
-      dropout=dropout)
+      dropout=dropout, separate=separate)
   blocks.check_sizes('num_classes', num_classes)
   blocks.check_sizes('patch', patch)
   return Vit(
       depth, heads, 4 * width if hidden is None else hidden, norm, dropout,
-      activations.get(activation), transformer.check_dtype(dtype), num_classes,
+      activations.get(activation), transformer.check_dtype(dtype), separate,
+      num_classes,
       width, patch)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 import copy
 import inspect
 import json
+import re
 from typing import Any
 
 from bpjax.train import fields as fields_lib
@@ -197,7 +198,10 @@ def checked(
           f'{", ".join(known) or "none"}. A config file that sets none is '
           'experiments/configs/plain.py.')
     example = known[name].default
-    if not _same_kind(value, example):
+    # Some are True, False or a name.
+    named = isinstance(value, str) and 'str' in re.findall(
+        r'\w+', str(known[name].annotation))
+    if not named and not _same_kind(value, example):
       raise ValueError(
           f'`{field}.{name}` must be of the kind of its default, {example!r}, '
           f'got {fields_lib.shown(value)}.')

@@ -535,6 +535,8 @@ FIELDS: tuple[Field, ...] = (
         ('plateau_patience', count(1), 1,
          'Epochs in which the validation loss does not fall before it is.'),
         ('momentum', Number(0, below=1), .9, 'Of momentum, nesterov and lars.'),
+        ('beta_2', Number(0, below=1), .999,
+         'Of adam and adamw: the decay of their mean of squares.'),
         ('weight_decay', Number(0, _FLOAT32), 0.,
          'Shrinks every parameter, and feedback that is trained, at every '
          'step: by `learning_rate * weight_decay` of itself under adamw, by '

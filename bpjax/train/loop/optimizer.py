@@ -218,11 +218,12 @@ def _optimizer(name, learning_rate, config, steps_per_epoch):
 def _of_rate(name, rate, config):
   l2 = optax.add_decayed_weights(config.l2, kernels)
   tx = {
-      'adamw': lambda: optax.adamw(rate, weight_decay=config.weight_decay),
+      'adamw': lambda: optax.adamw(
+          rate, b2=config.beta_2, weight_decay=config.weight_decay),
       'sgd': lambda: optax.sgd(rate),
       'momentum': lambda: optax.sgd(rate, config.momentum),
       'nesterov': lambda: optax.sgd(rate, config.momentum, nesterov=True),
-      'adam': lambda: optax.adam(rate),
+      'adam': lambda: optax.adam(rate, b2=config.beta_2),
       'rmsprop': lambda: optax.rmsprop(rate),
       'lars': lambda: optax.lars(
           rate, trust_ratio_mask=kernels, momentum=config.momentum),

@@ -39,8 +39,6 @@ import time
 from absl import flags
 from experiments import measurement
 
-_RULES = flags.DEFINE_list('rules', [], 'Labels of `RULES`; none: all.')
-_SEEDS = flags.DEFINE_list('seeds', ['0', '1'], 'Seeds of the first part.')
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
 _TOLERANCE = 1e-4
 _DIGITS = '--config=experiments/configs/quickstart.py'
@@ -310,4 +308,7 @@ def _measure(picture):
 
 
 if __name__ == '__main__':
+  # Not above, since a test imports this file beside programs with such flags.
+  _RULES = flags.DEFINE_list('rules', [], 'Labels of `RULES`; none: all.')
+  _SEEDS = flags.DEFINE_list('seeds', ['0', '1'], 'Seeds of the first part.')
   measurement.main('two_processes', _measure, plot=False)

@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 import warnings
 
 import bpjax
@@ -102,6 +103,23 @@ assert 'metrics.jsonl' in outcome.why, outcome
       [sys.executable, '-c', program, str(tmp_path)], cwd=_ROOT,
       capture_output=True, text=True, check=False)
   assert done.returncode == 0, done.stderr
+
+
+def test_a_disk_that_is_full_when_checkpoints_are_closed(tmp_path, monkeypatch):
+  def close(self):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  with monkeypatch.context() as patch:
+    patch.setattr(checkpoint.ocp.CheckpointManager, 'close', close)
+    log = _launch(tmp_path, expect=4)
+  assert 'a checkpoint in' in log and 'No space left on device' in log
+  # Nor does it hide what ended the run.
+  with pytest.raises(KeyError), checkpoint.Checkpoints(
+      str(tmp_path / 'checkpoints'), 2, print) as checkpoints:
+    checkpoints._manager = types.SimpleNamespace(
+        wait_until_finished=lambda: close(None), close=lambda: close(None))
+    raise KeyError()
+  _launch(tmp_path)
 
 
 # Signals

@@ -64,13 +64,17 @@ class Checkpoints:
     return self
 
   def __exit__(self, kind, error, traceback):
-    try:
-      self.wait()
-    except workdir.DiskError:
-      if error is None:
-        raise
-    if self._manager is not None:
-      self._manager.close()
+    manager, wrong = self._manager, None
+    # What could not be written is raised again by `close`.
+    for finish in () if manager is None else (
+        manager.wait_until_finished, manager.close):
+      try:
+        with self._writing():
+          finish()
+      except workdir.DiskError as first:
+        wrong = wrong or first
+    if wrong is not None and error is None:
+      raise wrong
 
   def save(self, step: int, state: Any, records: str = '') -> None:
     """Starts to save a state; its arrays may be donated afterwards.

@@ -115,5 +115,11 @@ for (const chart of all('.chart')) {
   };
   chart.addEventListener('pointermove', show);
   chart.addEventListener('pointerdown', show);
-  chart.addEventListener('pointerleave', clear);
+  // What a finger has touched stays, until it touches something else.
+  chart.addEventListener('pointerleave', event => {
+    if (event.pointerType === 'mouse') clear();
+  });
+  document.addEventListener('pointerdown', event => {
+    if (!chart.contains(event.target)) clear();
+  });
 }

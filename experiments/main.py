@@ -38,7 +38,7 @@ from experiments import config as flags_lib
 CONFIG = flags_lib.define_flag()
 WORKDIR = flags.DEFINE_string('workdir', None, "The run's folder.")
 WATCH = flags.DEFINE_list(
-    'watch', ['tensorboard'],
+    'watch', list(watching.DEFAULT),
     'Who is shown the metrics while runs train: tensorboard, wandb; empty: '
     'nobody.')
 COORDINATOR = flags.DEFINE_string(

@@ -72,7 +72,7 @@ def folder_name(point: space.Point, seed: int) -> str:
 def sweep(
     config: ml_collections.ConfigDict, workdir: str, grid: Sequence[str],
     seeds: Sequence[str], *, jobs: int = 1, random: int = 0,
-    seed: int | None = None, watch: Sequence[str] = ('tensorboard',)) -> int:
+    seed: int | None = None, watch: Sequence[str] = watching.DEFAULT) -> int:
   """Runs the grid, or points drawn from it.
 
   Args:
@@ -95,7 +95,7 @@ def sweep(
           '`workdir` must be a folder, got an empty name; give one such as '
           'runs/rules.')
     workdir = os.path.expanduser(workdir)
-    watching.check(watch)
+    watching.require(watch)
     _check_flags(jobs, random, seed)
     points = space.sample(grid, random, seed or 0) if random else (
         space.parse_grid(grid))

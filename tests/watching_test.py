@@ -11,6 +11,7 @@ from bpjax.train.folder import watching
 from bpjax.train.folder import workdir as workdir_lib
 from bpjax.train.loop import launch as launch_lib
 from bpjax.train.loop import progress
+from experiments import sweep as sweep_lib
 import jax
 import pytest
 
@@ -178,9 +179,11 @@ def test_a_link_in_place_of_the_folder_is_not_followed(tmp_path):
 def test_a_package_that_is_missing(tmp_path, monkeypatch):
   monkeypatch.setattr(watching.importlib.util, 'find_spec', lambda name: None)
   assert launch_lib.launch(_config(), str(tmp_path / 'a'), watch=['wandb']) == 2
+  assert sweep_lib.sweep(
+      _config(), str(tmp_path / 'a'), [], [], watch=['wandb']) == 2
   assert not (tmp_path / 'a').exists()
   with workdir_lib.Workdir(str(tmp_path / 'b')) as folder:
-    folder.watch(launch_lib.WATCH, {}, optional=launch_lib.WATCH)
+    folder.watch(watching.DEFAULT, {})
     folder.cut_metrics(0)
     _write(folder, 1, 2)
     log = (tmp_path / 'b' / 'log.txt').read_text()

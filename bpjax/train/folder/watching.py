@@ -24,6 +24,7 @@ from bpjax.train import fields as fields_lib
 
 Line = Mapping[str, Any]
 
+DEFAULT = ('tensorboard',)  # Left out, with a warning, where it is missing.
 _OURS = '.bpjax'  # How event files end that may be written anew.
 _WITHOUT_TAG = ('step', 'split', 'unit')
 
@@ -74,6 +75,20 @@ def check(watch: Sequence[str]) -> None:
   if len(set(watch)) < len(watch):
     raise ValueError(
         f'`watch` must have each name once, got {", ".join(watch)}.')
+
+
+def require(watch: Sequence[str]) -> None:
+  """Raises a ValueError for what `check` refuses, and for a missing package.
+
+  Those of `DEFAULT` may be missing. Imports nothing.
+
+  Example:
+    >>> require(['tensorboard'])
+  """
+  check(watch)
+  for name in watch:
+    if name not in DEFAULT:
+      make(name, '', {})
 
 
 def make(name: str, folder: str, config: Mapping[str, Any]) -> Watcher:
@@ -215,7 +230,7 @@ def _require(package, program):
   if importlib.util.find_spec(package) is None:
     raise Missing(
         f'`watch` of {program} needs the package {package}, which is not '
-        f'installed; `pip install {package}`, or leave it out of --watch')
+        f'installed; `pip install {package}`, or leave it out of --watch.')
 
 
 def _module(name):

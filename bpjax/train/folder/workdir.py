@@ -247,28 +247,23 @@ class Workdir:
     self._write(_SUMMARY, _pretty(
         summary | {'digest': _digest(self.path, summary)}))
 
-  def watch(
-      self, names: Sequence[str], config: Mapping[str, Any],
-      optional: Sequence[str] = ()) -> None:
+  def watch(self, names: Sequence[str], config: Mapping[str, Any]) -> None:
     """Shows what will be recorded to other programs; see `watching`.
 
     Args:
-      names: who is shown it.
+      names: who is shown it; one of `watching.DEFAULT` whose package is missing
+        is left out, with a warning.
       config: the run's config.
-      optional: which of them are left out, with a warning, where their package
-        is missing.
 
     Raises:
       ValueError: for an unknown name, or a package that is missing.
     """
-    watching.check(names)
+    watching.require(names)
     for name in names:
       try:
         self._watchers[name] = watching.make(name, self.path, config)
       except watching.Missing as error:
-        if name not in optional:
-          raise ValueError(f'{error}.') from error
-        self.warn(str(error))
+        self.warn(str(error).removesuffix('.'))
 
   def record(self, lines: Iterable[Mapping[str, Any]]) -> None:
     """Appends lines to the metrics, on the disk before it returns.
@@ -483,7 +478,7 @@ class Follower(Workdir):
   def claim(self, config, environment):
     pass
 
-  def watch(self, names, config, optional=()):
+  def watch(self, names, config):
     pass
 
   @property

@@ -32,8 +32,6 @@ from bpjax.train.loop import run as run_lib
 from bpjax.train.loop import step as step_lib
 import ml_collections
 
-WATCH = ('tensorboard',)  # Left out, with a warning, where it is not installed.
-
 
 class _Refused(ValueError):
   """What was asked for cannot be done; a ValueError raised later is a bug."""
@@ -41,7 +39,7 @@ class _Refused(ValueError):
 
 def launch(
     config: ml_collections.ConfigDict, workdir: str, quiet: bool = False,
-    watch: Sequence[str] = WATCH,
+    watch: Sequence[str] = watching.DEFAULT,
     processes: hosts_lib.Asked | None = None) -> int:
   """Trains, or goes on training, in a folder.
 
@@ -122,7 +120,7 @@ def _refusing():
 def finish(
     config: ml_collections.ConfigDict, folder: workdir_lib.Workdir,
     stopper: progress.Stopper, begin: float,
-    given: run_lib.Given = run_lib.Given(), watch: Sequence[str] = WATCH,
+    given: run_lib.Given = run_lib.Given(), watch: Sequence[str] = watching.DEFAULT,
     hosts: hosts_lib.Hosts = hosts_lib.Hosts()
 ) -> tuple[run_lib.Run, step_lib.TrainState] | None:
   """Does what is left of a run; nothing, and None, where it is finished.
@@ -171,7 +169,7 @@ def _prepare(config, folder, stack, given, watch, hosts):
   if summary is not None and summary['epochs'] == config.epochs:
     folder.log(f'{folder.path} is finished; nothing to do')
     return None
-  folder.watch(watch, values, optional=WATCH)
+  folder.watch(watch, values)
   run = run_lib.setup(config, folder, given, hosts)
   surroundings = environment.describe(run.dataset)
   _check_equal(hosts, surroundings, 'surroundings')

@@ -120,7 +120,8 @@ def _refusing():
 def finish(
     config: ml_collections.ConfigDict, folder: workdir_lib.Workdir,
     stopper: progress.Stopper, begin: float,
-    given: run_lib.Given = run_lib.Given(), watch: Sequence[str] = watching.DEFAULT,
+    given: run_lib.Given = run_lib.Given(),
+    watch: Sequence[str] = watching.DEFAULT,
     hosts: hosts_lib.Hosts = hosts_lib.Hosts()
 ) -> tuple[run_lib.Run, step_lib.TrainState] | None:
   """Does what is left of a run; nothing, and None, where it is finished.

@@ -26,7 +26,12 @@ alignment above the frozen blocks at depths 1 and 2, and not at 4 and 8 (a
 one-sided paired t-test over seeds, p < .05). Where blocks do not matter, it is
 said so, and nothing is judged.
 
-TIME
+The default, SICK with two seeds, is 80 runs and 40 candidates: about six hours on
+one core, extrapolated. A run of `recall` with two blocks and backprop took 75 s on a
+core that others used too, 35 ms a step of 64 rows of 14 tokens (results/
+transformer_tasks.json); one on SICK has 868 steps of 48 tokens, 104 s by tokens, 195
+s on average over depths by blocks; weight mirror and local losses take twice as
+long, compilation 20 s a run. --trial takes about a third of that.
 """
 
 import functools

@@ -522,5 +522,5 @@ def test_feedback_that_is_not_finite_is_noticed():
   empty = jax.tree.map(np.asarray, step_lib.empty_window())
   state = step_lib.TrainState(
       np.int32(0), {'w': np.ones(3)}, {'b': np.array([np.inf])}, {}, {}, empty,
-      {})
+      {}, {})
   assert not step_lib.is_finite(state)

@@ -6,6 +6,7 @@ here; nothing that is read from a folder does. Imports no JAX.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import os
@@ -107,11 +108,10 @@ def _of_file(where):
   sys.modules[name] = module
   if os.path.dirname(path) not in sys.path:
     sys.path.insert(0, os.path.dirname(path))
-  try:
+  with contextlib.ExitStack() as stack:
+    stack.callback(sys.modules.pop, name)  # What broke off is not kept.
     spec.loader.exec_module(module)
-  except BaseException:
-    del sys.modules[name]
-    raise
+    stack.pop_all()
   return module
 
 

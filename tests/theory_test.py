@@ -415,7 +415,7 @@ class ScriptsTest(absltest.TestCase):
     for row in rows:
       self.assertEqual(
           set(row), {'claim', 'text', 'bound', 'value', 'holds'}, row)
-    self.assertEqual({row['claim'] for row in rows}, set(range(1, 11)))
+    self.assertEqual({row['claim'] for row in rows}, set(range(1, 12)))
 
 
 if __name__ == '__main__':

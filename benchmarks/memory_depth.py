@@ -145,14 +145,16 @@ def main(argv: list[str]) -> None:
   table = rich.table.Table(
       'rule', *(f'{d} blocks' for d in depths), 'MiB a block', 'of backprop',
       'feedback', f'time at {few}',
-      title=f'Temporaries of a step, MiB, on {timing.machine()}')
+      'processor time', title=f'Temporaries of a step, MiB, on {timing.machine()}')
   for row, time in zip(rows, times):
     row['share'] = row['mib_a_block'] / rows[0]['mib_a_block']
-    row['milliseconds'], row['ratio'] = time['milliseconds'], time['ratio']
+    row |= {k: time[k] for k in (
+        'milliseconds', 'ratio', 'cpu_milliseconds', 'cpu_ratio')}
     table.add_row(
         row['rule'], *(f'{m:.1f}' for m in row['temporaries_mib'].values()),
         f'{row["mib_a_block"]:.3f}', f'{row["share"]:.1%}',
-        f'{row["feedback_mib"]:.2f}', f'{row["ratio"]:.2f}')
+        f'{row["feedback_mib"]:.2f}', f'{row["ratio"]:.2f}',
+        f'{row["cpu_ratio"]:.2f}')
   rich.console.Console(width=120).print(table)
   if _OUTPUT.value:
     timing.write(

@@ -60,21 +60,26 @@ def measure(steps: dict, rounds: int, reference, each: int = 3) -> list[dict]:
 
   Returns:
     A row for each step: 'rule', 'milliseconds' and 'ratio' (medians over the
-    rounds; a ratio is taken within a round), and the step's facts.
+    rounds; a ratio is taken within a round), 'cpu_milliseconds' and 'cpu_ratio'
+    of the processor's time, which other programs change less, and the step's
+    facts.
   """
-  running = {name: (make(), []) for name, make in steps.items()}
+  running = {name: (make(), [], []) for name, make in steps.items()}
   for _ in range(rounds):
-    for step, times in running.values():
-      begin = time.perf_counter()
+    for step, times, cpu in running.values():
+      begin, used = time.perf_counter(), time.process_time()
       step.advance(each)
       times.append((time.perf_counter() - begin) / each)
+      cpu.append((time.process_time() - used) / each)
 
-  def row(name, step, times):
-    other = running[reference(name, step)][1]
-    return {
-        'rule': name, 'milliseconds': 1e3 * statistics.median(times),
-        'ratio': statistics.median(a / b for a, b in zip(times, other)),
-        **step.facts}
+  def row(name, step, *own):
+    found = {'rule': name}
+    others = running[reference(name, step)][1:]
+    for kind, times, other in zip(('', 'cpu_'), own, others):
+      found[f'{kind}milliseconds'] = 1e3 * statistics.median(times)
+      found[f'{kind}ratio'] = statistics.median(
+          a / b for a, b in zip(times, other))
+    return found | step.facts
 
   return [row(name, *entry) for name, entry in running.items()]
 

@@ -142,7 +142,10 @@ def put(tree: Any, places: Any) -> Any:
     A tree of arrays, which are global where there are several processes.
 
   Example:
-    >>> rows = put(np.ones((8, 3)), NamedSharding(mesh, PartitionSpec('data')))
+    >>> mesh = make_mesh({'data': -1}, batch_size=128)
+    >>> place = NamedSharding(mesh, PartitionSpec('data'))
+    >>> put(np.ones((128, 3)), place).sharding == place
+    True
   """
   if isinstance(places, Sharding):
     places = jax.tree.map(lambda _: places, tree)
@@ -167,8 +170,11 @@ class Rows:
       where it is alone and provides all.
 
   Example:
-    >>> rows = Rows(mesh, 128)
-    >>> batch = rows.put(images[:128] if rows.own is None else images[rows.own])
+    >>> rows = Rows(make_mesh({'data': -1}, batch_size=128), 128)
+    >>> images = np.ones((128, 8, 8, 1))
+    >>> own = images if rows.own is None else images[rows.own]
+    >>> rows.put(own).shape
+    (128, 8, 8, 1)
   """
 
   def __init__(self, mesh: Mesh, size: int):

@@ -257,8 +257,9 @@ _SETTINGS: dict[str, Row] = {
         'difference_target_propagation', _TARGETS),
     'direct_kolen_pollack': Row('direct_kolen_pollack', fields=_DECAY),
     'equilibrium_propagation': Row(
-        'equilibrium_propagation', fields={'optimizer': 'sgd'},
-        rates=(.02, .05, .1)),
+        # A nudge travels one unit a step; 20 of them settle one hidden layer.
+        'equilibrium_propagation', {'free_steps': 100, 'nudged_steps': 8},
+        {'optimizer': 'sgd'}, (.02, .05, .1)),
     'forward_forward': Row('forward_forward', fields=_PIXELS),
     'kolen_pollack': Row('kolen_pollack', fields=_DECAY),
     'spsa': Row('spsa', rates=(1e-4, 5e-4, 2e-3)),

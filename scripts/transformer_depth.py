@@ -66,6 +66,11 @@ def _row(preset, rule, depth):
           f'{preset}:{rule}:{depth}'), {}, preset)
 
 
+def _after_one_epoch(run):
+  by_epoch = run.get('test_accuracy_by_epoch')
+  return 100 * by_epoch[0] if by_epoch else None
+
+
 def _gap(preset, rule, other, depth, results):
   """Points by which a rule is above another."""
   of = lambda r: results.mean(
@@ -169,6 +174,8 @@ EXPERIMENT = reproduction.Experiment(
     columns=[
         reproduction.Column(_ACCURACY, reproduction.test_accuracy),
         reproduction.Column('train accuracy, %', reproduction.train_accuracy),
+        reproduction.Column(
+            'test accuracy after the first epoch, %', _after_one_epoch),
     ],
     checks=_checks, presets=('sick',), report=_report, draw=draw)
 

@@ -119,7 +119,8 @@ def _report(results, preset):
     yield (f'{preset}, depth {depth}: backprop is {gap:+.1f} points from the '
            f'frozen blocks, {gap / error if error else math.inf:.1f} standard '
            'errors: blocks ' + (
-               'matter' if gap >= _MATTERS * error else 'do not matter'))
+               'matter' if gap >= _MATTERS * error
+               else 'are not shown to matter'))
     for rule in RULES[1:-1]:
       try:
         above = _gap(preset, rule, 'frozen', depth, results)

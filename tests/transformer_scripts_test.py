@@ -193,7 +193,7 @@ class ChecksTest(parameterized.TestCase):
     results = self._results((.9, .9), (.9, .9), (.89, .9))
     self.patch.setattr(report, 'read', lambda name: {'runs': results.runs})
     text = report.checks('transformer_depth')
-    self.assertIn('blocks do not matter', text)
+    self.assertIn('blocks are not shown to matter', text)
     self.assertIn('2 not judged', report.verdict('transformer_depth'))
 
   def test_the_path_that_breaks_it(self):

@@ -461,7 +461,8 @@ def where_blocks_matter(
     if gap >= errors * error:
       return ''
     return (f'backprop is {gap:.1f} points above the frozen blocks, less than '
-            f'{errors:g} standard errors of {error:.1f}: blocks do not matter')
+            f'{errors:g} standard errors of {error:.1f}: blocks are not shown to '
+            'matter')
 
   return excused
 

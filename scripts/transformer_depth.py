@@ -66,6 +66,11 @@ def _row(preset, rule, depth):
           f'{preset}:{rule}:{depth}'), {}, preset)
 
 
+def _after_one_epoch(run):
+  by_epoch = run.get('test_accuracy_by_epoch')
+  return 100 * by_epoch[0] if by_epoch else None
+
+
 def _gap(preset, rule, other, depth, results):
   """Points by which a rule is above another."""
   of = lambda r: results.mean(
@@ -114,7 +119,8 @@ def _report(results, preset):
     yield (f'{preset}, depth {depth}: backprop is {gap:+.1f} points from the '
            f'frozen blocks, {gap / error if error else math.inf:.1f} standard '
            'errors: blocks ' + (
-               'matter' if gap >= _MATTERS * error else 'do not matter'))
+               'matter' if gap >= _MATTERS * error
+               else 'are not shown to matter'))
     for rule in RULES[1:-1]:
       try:
         above = _gap(preset, rule, 'frozen', depth, results)
@@ -169,6 +175,8 @@ EXPERIMENT = reproduction.Experiment(
     columns=[
         reproduction.Column(_ACCURACY, reproduction.test_accuracy),
         reproduction.Column('train accuracy, %', reproduction.train_accuracy),
+        reproduction.Column(
+            'test accuracy after the first epoch, %', _after_one_epoch),
     ],
     checks=_checks, presets=('sick',), report=_report, draw=draw)
 

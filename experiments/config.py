@@ -101,6 +101,11 @@ def _one_sentence(argv):
           f'only {", ".join(fields_lib.FREE)} have fields of their own, one '
           f'level deep, got {fields_lib.shown(argument)}; write for example '
           '--config.rule_args.scale=.5.')
+    if found and found[2] and hasattr(ml_collections.ConfigDict, found[2]):
+      raise ValueError(
+          f'`{found[1]}.{found[2]}` cannot be set on the command line, since '
+          'every ConfigDict has a method of that name; set it in a config file: '
+          f"config.{found[1]}['{found[2]}'] = VALUE.")
     if found and not re.fullmatch(r'\w*', found[2] or '', re.A):
       raise ValueError(
           f'`{found[1]}` must have names of Latin letters, digits and _, got '

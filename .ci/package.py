@@ -17,6 +17,14 @@ import tempfile
 import venv
 import zipfile
 
+_WITHOUT_EXTRA = '''
+try:
+  bpjax.train.fit
+except ImportError as error:
+  assert "pip install 'bpjax[train]'" in str(error), error
+else:
+  raise AssertionError('bpjax.train works without its extra')
+'''
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
@@ -68,12 +76,13 @@ def _check_wheel(path):
 
 
 def _example():
-  """The README's Python, which ends with a training step."""
+  """The README's Python that needs no extra, and what says that one is missing."""
   text = (_ROOT / 'README.md').read_text(encoding='utf-8')
   blocks = re.findall(r'^```python\n(.*?)^```', text, re.M | re.S)
   if not blocks:
     sys.exit('error: the README has no Python example.')
-  return '\n'.join(blocks)
+  blocks = [block for block in blocks if 'bpjax.train' not in block]
+  return '\n'.join([*blocks, _WITHOUT_EXTRA])
 
 
 if __name__ == '__main__':

@@ -29,7 +29,12 @@ __all__ = ('Dataset', 'Fitted', 'NonFiniteError', 'dataset', 'fit', 'load')
 def __getattr__(name: str):
   if name not in _HOMES:
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-  value = getattr(importlib.import_module(_HOMES[name]), name)
+  try:
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+  except ModuleNotFoundError as error:
+    raise ImportError(
+        f'`bpjax.train.{name}` needs the Python package {error.name}; install '
+        "the extra with `pip install 'bpjax[train]'`.") from error
   globals()[name] = value
   return value
 

@@ -213,5 +213,42 @@ class InputsTest(float64.Float64TestCase):
     self.assertGreater(jnp.abs(outputs[0] - outputs[1]).max(), 0)
 
 
+class _Recurrent(nn.Module):
+  """A recurrent cell in the middle; some hold two units in one module."""
+  cell: str
+
+  @nn.compact
+  def __call__(self, x):
+    x = nn.Dense(5, param_dtype=x.dtype)(x)
+    x = nn.RNN(getattr(nn, self.cell)(6, param_dtype=x.dtype))(x)
+    return nn.Dense(3, param_dtype=x.dtype)(x[:, -1])
+
+
+class SharedModuleTest(float64.Float64TestCase):
+
+  @parameterized.product(
+      cell=('OptimizedLSTMCell', 'GRUCell'),
+      name=('kolen_pollack', 'weight_mirror'))
+  def test_units_of_one_module_keep_their_feedback_apart(self, cell, name):
+    """Under Kolen-Pollack with B = W, feedback learns as the weights do."""
+    x = jax.random.normal(jax.random.key(0), (4, 3, 5))
+    y = jnp.arange(4) % 3
+    net = bpjax.from_linen(_Recurrent(cell))
+    variables = net.init(jax.random.key(1), x)
+    rule = bpjax.rules.get(name)()
+    feedback = rule.init(jax.random.key(2), net, variables, x)
+    if name == 'kolen_pollack':
+      feedback = jax.tree.unflatten(jax.tree.structure(feedback), [
+          bpjax.paths.subtree(variables['params'], place)
+          for place in bpjax.paths.leaf_names(feedback)])
+    (_, aux), (grads, changes) = rule.value_and_grad(net, _LOSS)(
+        variables, feedback, x, y, key=jax.random.key(3))
+    self.assertEqual(jax.tree.structure(changes), jax.tree.structure(feedback))
+    del aux
+    if name == 'kolen_pollack':
+      for place, change in bpjax.paths.leaves(changes).items():
+        self.assert_close(change, bpjax.paths.subtree(grads, place), 1e-12)
+
+
 if __name__ == '__main__':
   absltest.main()

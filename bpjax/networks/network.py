@@ -333,7 +333,11 @@ class Network:
     feedback = variables.get(base.FEEDBACK, {})
     held = {
         name: paths.subtree(feedback, name) for name, _ in traced.plan.calls}
-    held |= {name: _held(feedback, e) for name, e in traced.entries.items()}
+    # Several units may share a module, and so a part of the feedback.
+    weights = {leaf for e in traced.entries.values()
+               for leaf in (*e.principal, *e.others)}
+    held |= {
+        name: _held(feedback, e, weights) for name, e in traced.entries.items()}
     flow = run_lib.Flow(held, _given(variables), key=rule_key)
 
     def answer(step, env, flow):
@@ -448,13 +452,14 @@ def _twin(feedback, name):
   return None if isinstance(found, Mapping) else found
 
 
-def _held(feedback, entry):
-  """What a rule keeps at a unit besides weights in the place of its own."""
+def _held(feedback, entry, weights):
+  """What a rule keeps at a unit besides weights in the place of parameters."""
   part = paths.of_unit(feedback, entry.name)
   if not isinstance(part, Mapping):
     return None if entry.name in entry.principal and not isinstance(
         paths.subtree(feedback, entry.name), Mapping) else part
-  own = {entry.relative(leaf) for leaf in (*entry.principal, *entry.others)}
+  own = {entry.relative(leaf) for leaf in weights
+         if paths.is_inside(leaf, entry.base)}
   rest = {
       name: leaf for name, leaf in zip(
           paths.leaf_names(part), jax.tree.leaves(part))

@@ -52,31 +52,34 @@ from experiments import measurement
 import jax
 
 _READ = 'results/leaderboard.json'
-_TIER = flags.DEFINE_string('tier', 'minute', (
+# A test imports this file beside programs with flags of the same names.
+_VALUES = flags.FLAGS if __name__ == '__main__' else flags.FlagValues()
+_define = lambda make, *a: make(*a, flag_values=_VALUES)
+_TIER = _define(flags.DEFINE_string, 'tier', 'minute', (
     f'One of {", ".join(leaderboard.TIERS)}.'))
-_COLUMNS = flags.DEFINE_list('columns', [], "Default: the tier's.")
-_RULES = flags.DEFINE_list('rules', [], (
+_COLUMNS = _define(flags.DEFINE_list, 'columns', [], "Default: the tier's.")
+_RULES = _define(flags.DEFINE_list, 'rules', [], (
     "Rows; default: the tier's. 'frozen' is the control."))
-_RULE = flags.DEFINE_multi_string('rule', [], (
+_RULE = _define(flags.DEFINE_multi_string, 'rule', [], (
     'FILE.py:FUNCTION, a rule of your own; the file is run as code.'))
-_JOBS = flags.DEFINE_integer('jobs', 1, 'Processes that share the cells.', 1)
-_SEEDS = flags.DEFINE_integer('seeds', 0, "Default: the tier's.", 0)
-_WORKDIR = flags.DEFINE_string('workdir', '', (
+_JOBS = _define(flags.DEFINE_integer, 'jobs', 1, 'Processes that share the cells.', 1)
+_SEEDS = _define(flags.DEFINE_integer, 'seeds', 0, "Default: the tier's.", 0)
+_WORKDIR = _define(flags.DEFINE_string, 'workdir', '', (
     "Folder of the runs' folders; default runs/leaderboard_TIER."))
-_DATA_DIR = flags.DEFINE_string('data_dir', '', 'Default: TFDS_DATA_DIR.')
-_TRAIN = flags.DEFINE_boolean('train', True, (
+_DATA_DIR = _define(flags.DEFINE_string, 'data_dir', '', 'Default: TFDS_DATA_DIR.')
+_TRAIN = _define(flags.DEFINE_boolean, 'train', True, (
     '--notrain: only collect what is finished.'))
-_CHECK = flags.DEFINE_boolean('check', False, (
+_CHECK = _define(flags.DEFINE_boolean, 'check', False, (
     'Train nothing, but ask the rules of cells that were not run whether they '
     'refuse them.'))
-_OUTPUT = flags.DEFINE_string('output', '', (
+_OUTPUT = _define(flags.DEFINE_string, 'output', '', (
     'JSON file for the results; cells that it has and that are not run here '
     'stay in it.'))
-_READ_FLAG = flags.DEFINE_string('read', _READ, (
+_READ_FLAG = _define(flags.DEFINE_string, 'read', _READ, (
     'Results that the page shows, and that a rule of your own is shown among.'))
-_HTML = flags.DEFINE_string('html', '', (
+_HTML = _define(flags.DEFINE_string, 'html', '', (
     'Write the page of --read to this file; nothing is trained.'))
-_CELLS = flags.DEFINE_list('cells', [], (
+_CELLS = _define(flags.DEFINE_list, 'cells', [], (
     'COLUMN:ROW, of one of the --jobs; for this script itself.'))
 
 

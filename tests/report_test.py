@@ -71,8 +71,9 @@ class ReportTest(parameterized.TestCase):
     text = (report.ROOT / 'README.md').read_text(encoding='utf-8')
     self.assertLessEqual(len(text.splitlines()), 150)
     self.assertLessEqual(len(text.split()), 1200)
-    example, = re.findall(r'```python\n(.*?)```', text, re.S)
+    example, *more = re.findall(r'```python\n(.*?)```', text, re.S)
     self.assertLessEqual(len(example.splitlines()), 15)
+    self.assertLessEqual(sum(len(m.splitlines()) for m in more), 5)
 
 
 if __name__ == '__main__':

@@ -69,6 +69,15 @@ def is_own(name: Any) -> bool:
           or os.sep not in name and os.path.isdir(name))
 
 
+def is_bare(name: str) -> bool:
+  """Whether a name says by nothing but a folder here that it is own data.
+
+  A set of that name that is prepared comes first.
+  """
+  return os.path.isdir(name) and not name.startswith(('.', '/', '~')) and (
+      not name.endswith('/'))
+
+
 def load(
     name: str, *, image_size: int, text_features: Sequence[str],
     arguments: Mapping[str, Any], most_bytes: int) -> Any:

@@ -158,7 +158,8 @@ def load(
   whole = None
   if str(name).endswith('.txt'):
     corpus = text.from_file(name)
-  elif own.is_own(name):
+  elif own.is_own(name) and not (
+      own.is_bare(name) and prepared.find(name, directory, text_features)):
     read = own.load(
         name, image_size=image_size, text_features=text_features,
         arguments=dict(dataset_args or {}), most_bytes=_MAX_DECODED_BYTES)

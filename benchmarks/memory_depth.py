@@ -145,7 +145,7 @@ def main(argv: list[str]) -> None:
   table = rich.table.Table(
       'rule', *(f'{d} blocks' for d in depths), 'MiB a block', 'of backprop',
       'feedback', f'time at {few}',
-      'processor time', title=f'Temporaries of a step, MiB, on {timing.machine()}')
+      'processor time', title=f'Temporaries of a step, MiB, on {timing.measurement.machine()}')
   for row, time in zip(rows, times):
     row['share'] = row['mib_a_block'] / rows[0]['mib_a_block']
     row |= {k: time[k] for k in (

@@ -113,7 +113,7 @@ def main(argv: list[str]) -> None:
            'local': ratios['backprop']}
   print(f'F = {unit:.2f} ms; backward passes: backprop '
         f'{ratios["backprop"]:.2f} F, direct {ratios["direct"]:.2f} F '
-        f'({timing.machine()})')
+        f'({timing.measurement.machine()})')
   table = rich.table.Table(
       'stages', 'microbatches', *kinds, 'direct / backprop', 'by formula')
   rows = []
@@ -131,7 +131,7 @@ def main(argv: list[str]) -> None:
   if _OUTPUT.value:
     with open(_OUTPUT.value, 'w', encoding='utf-8') as file:
       json.dump({'command': ' '.join(['python benchmarks/schedule.py', *sys.argv[1:]]),
-                 'machine': timing.machine(), 'milliseconds': times,
+                 'machine': timing.measurement.machine(), 'milliseconds': times,
                  'backward_in_forward': ratios, 'rows': rows}, file, indent=1)
 
 

@@ -17,11 +17,11 @@ if len(_CORES) == 1:
 
 # pylint: disable=g-import-not-at-top
 import json
-import platform
 import statistics
 import sys
 import time
 
+from experiments import measurement
 import jax
 import jax.numpy as jnp
 import rich.console
@@ -84,23 +84,11 @@ def measure(steps: dict, rounds: int, reference, each: int = 3) -> list[dict]:
   return [row(name, *entry) for name, entry in running.items()]
 
 
-def machine() -> str:
-  """The processor's name, and how much of it is used."""
-  if jax.default_backend() != 'cpu':
-    return jax.devices()[0].device_kind
-  name = platform.processor() or platform.machine()
-  if os.path.exists('/proc/cpuinfo'):
-    with open('/proc/cpuinfo', encoding='utf-8') as file:
-      name = next((line.split(':')[1].strip() for line in file
-                   if line.startswith('model name')), name)
-  return f'{name}, {"one core" if len(_CORES) == 1 else f"{len(_CORES)} cores"}'
-
-
 def show(title: str, rows: list[dict]) -> None:
   """Prints the rows of a workload."""
   table = rich.table.Table(
       'step', 'ms', 'ratio', 'temporaries, MiB', 'GFLOP',
-      title=f'{title} on {machine()}, jax {jax.__version__}')
+      title=f'{title} on {measurement.machine()}, jax {jax.__version__}')
   for row in rows:
     table.add_row(
         row['rule'], f'{row["milliseconds"]:.2f}', f'{row["ratio"]:.3f}',
@@ -114,5 +102,5 @@ def write(path: str, script: str, rounds: int, results: dict) -> None:
   with open(path, 'w', encoding='utf-8') as file:
     json.dump({
         'command': ' '.join([f'python benchmarks/{script}', *sys.argv[1:]]),
-        'machine': machine(), 'jax': jax.__version__, 'rounds': rounds,
+        'machine': measurement.machine(), 'jax': jax.__version__, 'rounds': rounds,
         'workloads': results}, file, indent=1)

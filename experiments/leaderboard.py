@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 import functools
 import hashlib
-import importlib.util
 import json
 import math
 import os
@@ -27,9 +26,10 @@ import warnings
 import bpjax
 from bpjax.train import config as config_lib
 from bpjax.train import fields as fields_lib
+from bpjax.train import named
 from bpjax.train.folder import checkpoint
 from bpjax.train.folder import workdir as workdir_lib
-from bpjax.train.loop import run as run_lib
+from bpjax.train.loop import build
 from experiments import reproduction
 from experiments import search as search_lib
 import jax
@@ -367,25 +367,12 @@ def outside(text: str) -> tuple[str, Row]:
     raise ValueError(
         f'`rule` must be FILE.py:FUNCTION, got {fields_lib.shown(text)}; write '
         'for example --rule=mine.py:my_rule.')
-  if not os.path.isfile(path):
-    raise ValueError(
-        f'`rule` names the file {path!r}, which is not there; give the path of '
-        'a Python file.')
   if function in (*LIBRARY, *rows()):
     raise ValueError(
         f'`rule` must have a name of its own, and {function!r} is a row of the '
         'leaderboard; rename the function.')
-  spec = importlib.util.spec_from_file_location(f'outside_{function}', path)
-  module = importlib.util.module_from_spec(spec)
-  try:
-    spec.loader.exec_module(module)
-    make = getattr(module, function)
-    rule = make()
-  except Exception as error:  # Whatever a file that is not ours may raise.
-    raise ValueError(
-        f'`rule` must be a file whose {function}() returns a rule, and {path} '
-        f'raises {type(error).__name__}: {str(error).splitlines()[0]}'
-    ) from error
+  make = named.find('rule', text)
+  rule = named.called('rule', text, make)
   if not callable(getattr(rule, 'value_and_grad', None)):
     raise ValueError(
         f'`rule` must be a function that returns a rule, and {function}() '
@@ -447,7 +434,7 @@ def config_of(
 
 def freeze(config: ml_collections.ConfigDict, readout: str) -> None:
   """Leaves the readout alone to learn; hidden layers stay as they were drawn."""
-  *_, like = run_lib.make(config)
+  *_, like = build.make(config)
   config.frozen = tuple(sorted(n for n in like.params if n != readout))
 
 
@@ -631,7 +618,7 @@ def _facts(config, search_examples):
   with warnings.catch_warnings():
     warnings.simplefilter('ignore')  # Of weights that stay exact.
     try:
-      made = run_lib.make(config)
+      made = build.make(config)
       step = _Step(made)
       reference = None
       if config.rule != 'backprop' or config.frozen:
@@ -640,7 +627,7 @@ def _facts(config, search_examples):
         plain.rule, plain.rule_args, plain.frozen = 'backprop', {}, ()
         plain.feedback_optimizer, plain.feedback_learning_rate = '', 0.
         plain.mirror_first = 0
-        reference = _Step(run_lib.make(plain))
+        reference = _Step(build.make(plain))
     except Exception as error:  # pylint: disable=broad-except
       return {'none': _said(error)}
   if reference is None:
@@ -665,7 +652,7 @@ def _refused(config):
   with warnings.catch_warnings():
     warnings.simplefilter('ignore')
     try:
-      _, learner, feed, _, _ = run_lib.make(config)
+      _, learner, feed, _, _ = build.make(config)
       jax.eval_shape(
           lambda: learner.step(learner.init(), feed.fixed_batch))
     except Exception as error:  # pylint: disable=broad-except
@@ -795,7 +782,7 @@ def largest_growth(
       return json.load(file)['growth']
   except (FileNotFoundError, ValueError):
     pass
-  _, learner, feed, _, like = run_lib.make(run.config)
+  _, learner, feed, _, like = build.make(run.config)
   with workdir_lib.Workdir(run.folder) as folder, checkpoint.Checkpoints(
       folder.checkpoints, 1, warn=folder.warn,
       identity=folder.identity) as kept:

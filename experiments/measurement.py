@@ -6,6 +6,8 @@ What the scripts share that train no runs of the launcher; those that do are in
 
 from collections.abc import Callable
 import json
+import os
+import platform
 import sys
 from typing import Any
 
@@ -13,12 +15,28 @@ from absl import app
 from absl import flags
 from absl import logging
 from bpjax.train.folder import summary as summary_lib
+import jax
 import rich.console
 import rich.table
 
 
 class FlagError(Exception):
   """A flag that the script cannot work with, in one sentence."""
+
+
+def machine() -> str:
+  """The processor's name and its cores that this process may use; or the device.
+  """
+  if jax.default_backend() != 'cpu':
+    return jax.devices()[0].device_kind
+  name = platform.processor() or platform.machine()
+  if os.path.exists('/proc/cpuinfo'):
+    with open('/proc/cpuinfo', encoding='utf-8') as file:
+      name = next((line.partition(':')[2].strip() for line in file
+                   if line.startswith('model name')), name)
+  cores = len(os.sched_getaffinity(0)) if hasattr(
+      os, 'sched_getaffinity') else os.cpu_count()
+  return f'{name}, {"one core" if cores == 1 else f"{cores} cores"}'
 
 
 def main(

@@ -101,15 +101,15 @@ def sweep(
         space.parse_grid(grid))
     runs = _runs(config, points, seeds)
     from bpjax.train.folder import summary as summary_lib
+    from bpjax.train.loop import build
     from bpjax.train.loop import (
       launch,  # Loads JAX, which a wrong value need not.
     )
-    from bpjax.train.loop import run as run_lib
     checked = set()  # A seed changes nothing that could be refused.
     for point, _, run_config in runs:
       if json.dumps(point) not in checked:
         checked.add(json.dumps(point))
-        run_lib.make(run_config)
+        build.make(run_config)
     if jobs > 1:
       _check_device()
   except ValueError as error:

@@ -15,7 +15,6 @@ import dataclasses
 import json
 import math
 import os
-import platform
 import statistics
 import time
 from typing import Any, NamedTuple
@@ -25,6 +24,7 @@ import bpjax
 from bpjax import paths
 from bpjax.train import config as config_lib
 from experiments import config as flags_lib
+from experiments import measurement
 from experiments import reproduction
 from experiments import search as search_lib
 import ml_collections
@@ -282,7 +282,7 @@ def _prepare(
         if row.preset not in unsearched and (
             rule := parts(row.name)[0]) in fixed}
   head = {
-      'date': time.strftime('%Y-%m-%d'), 'machine': machine(),
+      'date': time.strftime('%Y-%m-%d'), 'machine': measurement.machine(),
       'trial': bool(given['trial']), 'search': found}
   return dataclasses.replace(
       experiment, head=head, rows=[
@@ -358,19 +358,6 @@ def _search(experiment, rows, values, given):
       with open(path, 'w', encoding='utf-8') as file:
         json.dump(found, file, indent=1)
   return found
-
-
-def machine() -> str:
-  """The processor that this process runs on, in words."""
-  model = platform.processor() or platform.machine()
-  try:
-    with open('/proc/cpuinfo', encoding='utf-8') as file:
-      model = next(
-          (line.partition(':')[2].strip() for line in file
-           if line.startswith('model name')), model)
-  except OSError:
-    pass  # Another system.
-  return f'{model}, {os.cpu_count()} cores'
 
 
 # What is said of the rows.

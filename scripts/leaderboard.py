@@ -30,7 +30,6 @@ from __future__ import annotations
 import datetime
 import json
 import os
-import platform
 import subprocess
 import sys
 
@@ -101,7 +100,7 @@ def write(path: str, settings: leaderboard.Settings, cells, runs) -> None:
   commands = {t: commands[t] for t in leaderboard.TIERS if t in commands}
   head = {
       'command': '; '.join(commands.values()), 'commands': commands,
-      'machine': machine(), 'date': datetime.date.today().isoformat(),
+      'machine': f'{measurement.machine()}, shared with other work', 'date': datetime.date.today().isoformat(),
       'versions': summary_lib.versions()}
   text = json.dumps(head, indent=1)[:-2]
   for name in ('cells', 'runs'):
@@ -120,21 +119,6 @@ def command() -> str:
   kept = [a for a in sys.argv[1:] if not a.lstrip('-').startswith(
       ('workdir', 'data_dir', 'output', 'notrain', 'read', 'check'))]
   return ' '.join(['python scripts/leaderboard.py', *kept])
-
-
-def machine() -> str:
-  """The processor's name, and how many cores it has."""
-  if jax.default_backend() != 'cpu':
-    return jax.devices()[0].device_kind
-  name = platform.processor() or platform.machine()
-  if os.path.exists('/proc/cpuinfo'):
-    with open('/proc/cpuinfo', encoding='utf-8') as file:
-      name = next((line.split(':')[1].strip() for line in file
-                   if line.startswith('model name')), name)
-  cores = len(os.sched_getaffinity(0)) if hasattr(
-      os, 'sched_getaffinity') else os.cpu_count()
-  shared = 'one core' if cores == 1 else f'{cores} cores'
-  return f'{name}, {shared}, shared with other work'
 
 
 def _settings():

@@ -27,7 +27,6 @@ from collections.abc import Sequence
 import json
 import os
 import pathlib
-import platform
 import re
 import signal
 import socket
@@ -170,16 +169,6 @@ def _free_port():
     return listener.getsockname()[1]
 
 
-def _machine():
-  name = platform.processor() or platform.machine()
-  if os.path.exists('/proc/cpuinfo'):
-    with open('/proc/cpuinfo', encoding='utf-8') as file:
-      name = next((line.split(':')[1].strip() for line in file
-                   if line.startswith('model name')), name)
-  return (f'{name}, {os.cpu_count()} cores, which other programs used at the '
-          'same time')
-
-
 def _sentences(text):
   """The lines of a log that tell of no step."""
   return [line for line in text.splitlines() if not re.match('step ', line)]
@@ -287,7 +276,9 @@ def _measure(picture):
     codes = Group(whole, STOPPED, cache=cache).wait()
     assert codes == [0, 0], codes
     record = {
-        'machine': _machine(), 'processes': 2, 'devices_of_each': 4, 'tolerance': _TOLERANCE,
+        'machine': (
+            f'{measurement.machine()}, which other programs used at the same time'),
+        'processes': 2, 'devices_of_each': 4, 'tolerance': _TOLERANCE,
         'heartbeat': _HEARTBEAT, 'seeds': seeds, 'rules': rules,
         'stopped': _stops(folder, cache, whole, wrong),
         'elsewhere': _elsewhere(folder, cache, whole, wrong),

@@ -6,7 +6,10 @@ import mmap
 import os
 import pathlib
 import shutil
+import sys
 import tempfile
+
+import pytest
 
 # Of flags that jaxlib does not know, XLA aborts: what is optional is looked up.
 _OPTIONAL_FLAGS = (
@@ -49,6 +52,16 @@ if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
       'JAX_COMPILATION_CACHE_DIR': _CACHE,
       'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
       'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1'}
+
+
+@pytest.fixture(autouse=True)
+def _registered_rules():
+  """Rules that a test registers are its own."""
+  yield
+  rules = sys.modules.get('bpjax.rules')
+  for name in list(rules._REGISTERED) if rules else ():
+    del rules._REGISTERED[name], vars(rules)[name]
+    rules._NAMES = rules._LIBRARY
 
 
 def pytest_unconfigure():

@@ -235,7 +235,7 @@ class CellsTest(absltest.TestCase):
                  'def backprop():\n  pass\n')
     for text, message in (
         ('mine', 'FILE.py:FUNCTION'), (f'{path}.py:f', 'is not there'),
-        (f'{path}:absent', 'AttributeError'), (f'{path}:needs', 'TypeError'),
+        (f'{path}:absent', 'must name something'), (f'{path}:needs', 'TypeError'),
         (f'{path}:none', 'returns int'), (f'{path}:backprop', 'its own')):
       with self.assertRaisesRegex(ValueError, message):
         leaderboard.outside(text)

@@ -3,9 +3,9 @@
 import json
 
 from bpjax.train import config as config_lib
+from bpjax.train.loop import build
 from bpjax.train.loop import devices
 from bpjax.train.loop import launch
-from bpjax.train.loop import run as run_lib
 import jax
 import numpy as np
 import pytest
@@ -70,7 +70,7 @@ def test_presets_hold_a_part_and_train_alike(tmp_path):
         (tmp_path / name / 'metrics.jsonl').read_text().splitlines()])
   for a, b in zip(*lines, strict=True):
     assert a == pytest.approx(b, abs=1e-4)
-  *_, like = run_lib.make(_config(rules, 2))
+  *_, like = build.make(_config(rules, 2))
   share = lambda x: (
       np.prod(x.sharding.shard_shape(x.shape)) / np.prod(x.shape))
   dense = like.params['Dense_0']

@@ -40,8 +40,7 @@ def evaluate(
   rows = _rows(run, split, dataset)
   sums, labels, logs = [], [], []
   loss = run.learner.measured or run.learner.loss
-  for batch, log in run.over(rows):
-    outputs = run.outputs(batch)
+  for batch, outputs, log in run.over(rows):
     sums.append(tasks.sums(
         loss(outputs, batch.labels), outputs, batch,
         np.ones(len(batch.labels), bool), run.learner.metrics))

@@ -14,10 +14,11 @@ import bpjax
 from bpjax.train import config as config_lib
 from bpjax.train import data as data_lib
 from bpjax.train.data import sets
+from bpjax.train.folder import checkpoint
 from bpjax.train.folder import workdir as workdir_lib
+from bpjax.train.loop import build
 from bpjax.train.loop import launch
 from bpjax.train.loop import progress
-from bpjax.train.loop import run as run_lib
 from bpjax.train.loop import step as step_lib
 from flax import linen as nn
 from flax import nnx
@@ -139,25 +140,31 @@ def fit(
     raise ValueError(
         '`dataset` must be a `bpjax.train.Dataset` or the name of one, got '
         f'{type(dataset).__name__}; make it with `bpjax.train.dataset`.')
-  given = run_lib.Given(net, rule, loss, dataset, metrics or {})
+  given = build.Given(net, rule, loss, dataset, metrics or {})
   begin = time.perf_counter()
   with contextlib.ExitStack() as stack:
     stopper = stack.enter_context(_Asked())
     folder = stack.enter_context(workdir_lib.Workdir(workdir, quiet=quiet))
     finished = launch.finish(config, folder, stopper, begin, given)
     if finished is None:  # It was before.
-      run = run_lib.setup(config, folder, given)
-      checkpoints = stack.enter_context(run_lib.checkpoints(run))
-      state, _ = run_lib.start(run, checkpoints, cut=False)
+      _, learner, _, _, like = build.make(config, given)
+      found = stack.enter_context(checkpoint.Checkpoints(
+          folder.checkpoints, config.keep_checkpoints, warn=folder.warn,
+          identity=folder.identity)).peek(like)
+      if found is None:
+        raise ValueError(
+            f'`workdir` {workdir!r} is finished and holds no checkpoint; choose '
+            'another folder.')
+      _, state = found
     else:
-      run, state = finished
+      learner, state = finished[0].learner, finished[1]
     summary = folder.summary()
     assert summary is not None
     return Fitted(
-        run.learner.net,
+        learner.net,
         {'params': step_lib.evaluated(state), **state.model_state},
         state.feedback, summary, folder.metrics(), folder.path,
-        run.learner.task.inputs)
+        learner.task.inputs)
 
 
 def dataset(

@@ -57,7 +57,7 @@ def predict(
   names, rows = read(run, files)
   answers = []
   count = len(run.classes)
-  logs = np.concatenate([log for _, log in run.over(rows)])
+  logs = np.concatenate([log for *_, log in run.over(rows)])
   for (file, line), log in zip(names, logs):
     for i in np.argsort(-log, kind='stable')[:top]:
       answers.append({
@@ -78,11 +78,11 @@ def _images(run, files):
   split = Split(np.stack(images), np.zeros(len(images), np.int32))
   if run.config.preprocessing:
     # Whitened by the training images, which have to be read as they were.
-    from bpjax.train.loop import run as run_lib
+    from bpjax.train.loop import build
 
     config = run.config.copy_and_resolve_references()
     config.preprocessing = ''
-    raw = run_lib.load(config)
+    raw = build.load(config)
     *_, split = preprocessing.apply(
         run.config.preprocessing, run.config.zca_epsilon,
         (raw.train, raw.validation, split), 'predicted', None)

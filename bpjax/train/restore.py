@@ -18,7 +18,7 @@ from bpjax.train import named
 from bpjax.train.data import feed as feed_lib
 from bpjax.train.folder import checkpoint
 from bpjax.train.folder import workdir as workdir_lib
-from bpjax.train.loop import run as run_lib
+from bpjax.train.loop import build
 from bpjax.train.loop import step as step_lib
 import jax
 import jax.numpy as jnp
@@ -75,15 +75,19 @@ class Restored:
       return jax.nn.log_softmax(outputs)
     return logs - jax.nn.logsumexp(logs, axis=-1, keepdims=True)
 
-  def over(self, split: Any) -> Iterator[tuple[Any, np.ndarray]]:
-    """Batches of rows of a split, and the log probabilities of each."""
-    answer = jax.jit(lambda rows: self.log_probabilities(self.outputs(rows)))
+  def over(self, split: Any) -> Iterator[tuple[Any, np.ndarray, np.ndarray]]:
+    """Batches of rows of a split, their outputs and log probabilities."""
+    def answer(rows):
+      outputs = self.outputs(rows)
+      return outputs, self.log_probabilities(outputs)
+
+    answer = jax.jit(answer)
     for rows, mask in feed_lib.eval_batches(
         split, min(self.config.eval_batch_size, feed_lib.length(split)),
         self.learner.mesh):
-      logs = np.asarray(answer(rows))
       keep = np.asarray(mask)
-      yield jax.tree.map(lambda x: np.asarray(x)[keep], rows), logs[keep]
+      yield jax.tree.map(
+          lambda x: np.asarray(x)[keep], (rows, *answer(rows)))
 
 
 def restore(
@@ -106,7 +110,7 @@ def restore(
     (360, 10)
   """
   config = _config(workdir, trust_code)
-  dataset, learner, _, _, like = run_lib.make(config)
+  dataset, learner, _, _, like = build.make(config)
   folder = os.path.join(workdir, 'best' if best else 'checkpoints')
   if not os.path.isdir(folder):
     raise ValueError(

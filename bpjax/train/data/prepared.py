@@ -328,8 +328,8 @@ def missing(name: str, directory: pathlib.Path) -> ValueError:
     hint = f'did you mean {" or ".join(map(repr, near))}' if near else (
         "use 'digits' or the name of a TFDS set of images or texts")
     return ValueError(
-        "`dataset` must be 'digits', a generated task, a TFDS name or the path "
-        f'of a .txt file, got {name!r}; {hint}; '
+        "`dataset` must be 'digits', a generated task, a TFDS name or data of "
+        f"your own (a path such as './{path}', or code), got {name!r}; {hint}; "
         f'searched {directory}, {holds}')
   return ValueError(
       f'`dataset` {name!r} is not prepared in {directory}, {holds}; on a '

@@ -27,6 +27,7 @@ from bpjax.train.folder import streams
 from bpjax.train.folder import summary as summary_lib
 from bpjax.train.folder import watching
 from bpjax.train.folder import workdir as workdir_lib
+from bpjax.train.loop import build
 from bpjax.train.loop import progress
 from bpjax.train.loop import run as run_lib
 from bpjax.train.loop import step as step_lib
@@ -120,7 +121,7 @@ def _refusing():
 def finish(
     config: ml_collections.ConfigDict, folder: workdir_lib.Workdir,
     stopper: progress.Stopper, begin: float,
-    given: run_lib.Given = run_lib.Given(),
+    given: build.Given = build.Given(),
     watch: Sequence[str] = watching.DEFAULT,
     hosts: hosts_lib.Hosts = hosts_lib.Hosts()
 ) -> tuple[run_lib.Run, step_lib.TrainState] | None:

@@ -81,3 +81,24 @@ def only_real(
     return x
   own = mask.reshape(*mask.shape, *(1,) * (whole.ndim - 2))
   return back(jnp.where(own, whole, 0), x.shape, place)
+
+
+def without_mean(
+    x: base.Array, mask: base.Array | None, place: Place | None) -> base.Array:
+  """Values without their mean over the real examples, position by position.
+
+  Args:
+    x: an array.
+    mask: bool `[batch, positions]`, True at real ones, or None.
+    place: where its examples lie; None: on the first axis.
+
+  Example:
+    >>> without_mean(jnp.array([[1.], [3.]]), None, None).tolist()
+    [[-1.0], [1.0]]
+  """
+  whole = first(x, place)
+  count = len(whole)
+  if mask is not None and whole.shape[:2] == mask.shape:
+    count = jnp.maximum(mask.sum(0), 1).reshape(-1, *(1,) * (whole.ndim - 2))
+  left = back(whole - whole.sum(0) / count, x.shape, place)
+  return only_real(left.astype(x.dtype), mask, place)

@@ -11,7 +11,6 @@ from bpjax import feedback as feedback_lib
 from bpjax.engines import credit
 from bpjax.engines import unstored
 from bpjax.networks import examples
-import jax.numpy as jnp
 
 _CENTRES = ('none', 'output', 'units')
 
@@ -66,8 +65,8 @@ def feedback_alignment(
     below it. Fixed: keep it from the optimiser with `rule.trainable`.
 
   Raises:
-    ValueError: if `scale` is not positive; for an unknown `centre`; for weights that are transposed,
-      normalised or tied under `stored=False`.
+    ValueError: if `scale` is not positive; for an unknown `centre`; for weights
+      that are transposed, normalised or tied under `stored=False`.
 
   Example:
     >>> import bpjax
@@ -81,15 +80,7 @@ def feedback_alignment(
     teaching = signal.teaching
     if centre == 'none' or centre == 'output' and not info.is_output:
       return teaching
-    whole = examples.first(teaching, info.examples)
-    count = len(whole)
-    if signal.mask is not None and whole.shape[:2] == signal.mask.shape:
-      count = jnp.maximum(signal.mask.sum(0), 1).reshape(
-          -1, *(1,) * (whole.ndim - 2))  # Real ones, at each position.
-    left = examples.back(
-        whole - whole.sum(0) / count, teaching.shape, info.examples)
-    return examples.only_real(
-        left.astype(teaching.dtype), signal.mask, info.examples)
+    return examples.without_mean(teaching, signal.mask, info.examples)
 
   def init_unit(key, info, params):
     return feedback_lib.draw(key, info, params, scale)

@@ -83,8 +83,6 @@ def test_faults_at_random(first):
   assert done.returncode == 0, done.stdout + done.stderr
 
 
-
-
 def test_the_harness_sees_a_run_that_goes_on_otherwise(tmp_path):
   program = '''
 import pathlib, sys
@@ -164,6 +162,21 @@ def test_a_signal_anywhere_touches_nothing(run, where, monkeypatch):
           if p.is_file() and p.name != 'log.txt'} == before
 
 
+def test_a_signal_while_the_folder_is_closed(tmp_path, monkeypatch):
+  show = workdir_lib.Workdir._show
+
+  def interrupted(self, what, *args):
+    show(self, what, *args)
+    if what == 'close':
+      signal.raise_signal(signal.SIGHUP)
+
+  monkeypatch.setattr(workdir_lib.Workdir, '_show', interrupted)
+  assert 'finished' in _launch(tmp_path)
+  assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+  monkeypatch.undo()
+  assert 'is finished' in _launch(tmp_path)  # Nor is it held any longer.
+
+
 def test_calls_are_cut_so_that_a_signal_is_heard():
   pace = run_lib._Pace()
   assert pace.limit(1000) == 1
@@ -201,8 +214,12 @@ class Destroyed:
   def __del__(self):
     ready()
     time.sleep(3)
-with progress.Stopper() as stopper:
-  {}
+try:
+  with progress.Stopper() as stopper:
+    {}
+except progress.Interrupted as error:  # It came before the compiled code.
+  progress.streams.complain(progress.STOPPED.format(error.signal))
+  raise SystemExit(error.exit_code)
 '''
 
 

@@ -105,11 +105,13 @@ class Workdir:
     return self
 
   def __exit__(self, *error):
-    with contextlib.suppress(DiskError):
-      self._show('close')
-    self._remove_made()
-    os.close(self._log)
-    self._log = -1
+    try:
+      with contextlib.suppress(DiskError):
+        self._show('close')
+      self._remove_made()
+    finally:
+      os.close(self._log)
+      self._log = -1
 
   @property
   def checkpoints(self) -> str:

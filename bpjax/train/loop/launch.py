@@ -63,6 +63,14 @@ def launch(
     >>> launch(config, 'runs/digits')
     0
   """
+  try:
+    return _launch(config, workdir, quiet, watch, processes)
+  except progress.Interrupted as error:  # While the folder was closed.
+    streams.complain(progress.STOPPED.format(error.signal))
+    return error.exit_code
+
+
+def _launch(config, workdir, quiet, watch, processes):
   begin = time.perf_counter()
   with contextlib.ExitStack() as stack:
     complain, hosts = streams.complain, hosts_lib.Hosts()

@@ -157,6 +157,7 @@ class Stopper:
     return self
 
   def __exit__(self, *error):
+    self._free_since = None  # What comes from here on comes too late.
     if self._wakeup is None:
       self._read.close()
     else:

@@ -27,11 +27,11 @@ os.environ['XLA_FLAGS'] = (
     ' --xla_force_host_platform_device_count=8')
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
-from absl import app
 from absl import flags
 import bpjax
 from bpjax.train.loop import devices
 import encoder
+from experiments import measurement
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -225,4 +225,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  app.run(main)
+  measurement.run(main)

@@ -16,11 +16,11 @@ from __future__ import annotations
 import statistics
 import time
 
-from absl import app
 from absl import flags
 from absl import logging
 import bpjax
 import encoder
+from experiments import measurement
 import jax
 import jax.numpy as jnp
 
@@ -113,4 +113,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  app.run(main)
+  measurement.run(main)

@@ -21,11 +21,11 @@ from __future__ import annotations
 import functools
 import sys
 
-from absl import app
 from absl import flags
 from absl import logging
 import bpjax
 from bpjax.models.local_mixer import NormedLayer
+from experiments import measurement
 import jax
 import jax.numpy as jnp
 import optax
@@ -130,4 +130,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  app.run(main)
+  measurement.run(main)

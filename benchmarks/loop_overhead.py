@@ -25,7 +25,6 @@ import sys
 import tempfile
 import time
 
-from absl import app
 from absl import flags
 from absl import logging
 import bpjax
@@ -33,6 +32,7 @@ from bpjax.train.folder import checkpoint
 from bpjax.train.folder import workdir
 from bpjax.train.loop import progress
 from bpjax.train.loop import run as run_lib
+from experiments import measurement
 from experiments.configs import mnist_w1
 import jax
 import jax.numpy as jnp
@@ -108,4 +108,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  app.run(main)
+  measurement.run(main)

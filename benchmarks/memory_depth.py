@@ -12,9 +12,9 @@ arguments and costs in time.
 from __future__ import annotations
 
 # pylint: disable=g-import-not-at-top
-from absl import app
 from absl import flags
 import bpjax
+from experiments import measurement
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -162,4 +162,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  app.run(main)
+  measurement.run(main)

@@ -14,9 +14,9 @@ from __future__ import annotations
 import json
 import sys
 
-from absl import app
 from absl import flags
 import bpjax
+from experiments import measurement
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -136,4 +136,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  app.run(main)
+  measurement.run(main)

@@ -32,10 +32,10 @@ import importlib.util
 import os
 import sys
 
-from absl import app
 from absl import flags
 from absl import logging
 import bpjax
+from experiments import measurement
 import jax
 import jax.numpy as jnp
 import optax
@@ -269,4 +269,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  app.run(main)
+  measurement.run(main)

@@ -1,9 +1,9 @@
-"""Runs of a sweep side by side, each in a process of the launcher of its own.
+"""The runs of a grid, one after another or side by side: of sweeps, tables, searches.
 
-This module is both sides: `run_all` starts the processes, and
-`python -m experiments.jobs` is one of them, which reads what to train as one
-line of its standard input. That stays open for as long as the sweep lives: where
-it ends, however that was, the run saves and stops.
+Side by side each is a process of its own. This module is both sides: `run_all`
+starts the processes, and `python -m experiments.jobs` is one of them, which reads
+what to train as one line of its standard input. That stays open for as long as
+the grid lives: where it ends, however that was, the run saves and stops.
 """
 
 from __future__ import annotations
@@ -26,9 +26,11 @@ from typing import Any, NamedTuple
 from absl import logging
 from bpjax.train.folder import signals
 from bpjax.train.folder import streams
+from bpjax.train.folder import watching
 from bpjax.train.folder import workdir as workdir_lib
 import ml_collections
 
+MOST = 1024  # Runs at a time.
 _COMMAND = [sys.executable, '-m', 'experiments.jobs']
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -52,7 +54,64 @@ class Stopped(Exception):
     self.exit_code = exit_code
 
 
+def check(at_once: int) -> None:
+  """Raises ValueError for a number of runs at a time that makes no sense."""
+  if not 1 <= at_once <= MOST:
+    raise ValueError(
+        f'`jobs` must be from 1 to {MOST} runs at a time, got {at_once}.')
+
+
+def check_device(at_once: int) -> None:
+  """Raises ValueError where processes cannot share the device; loads JAX."""
+  if at_once > 1:
+    import jax
+    if jax.default_backend() != 'cpu':
+      raise ValueError(
+          f'`jobs` must be 1 on a {jax.default_backend()}, which processes do '
+          'not share; leave it out, or set JAX_PLATFORMS=cpu.')
+
+
 def run_all(
+    jobs: Sequence[Job], at_once: int = 1,
+    watch: Sequence[str] = watching.DEFAULT) -> list[int]:
+  """Trains what is not finished, and says on stderr what is going on.
+
+  Args:
+    jobs: the runs, in the order in which they are begun.
+    at_once: how many are trained at a time; 1: in this process.
+    watch: who is shown the metrics, see `bpjax.train.folder.watching`.
+
+  Returns:
+    The exit codes, see `bpjax.train.loop.launch`.
+
+  Raises:
+    Stopped: where a signal asked a run to stop, once all have.
+
+  Example:
+    >>> run_all([Job('backprop', 'runs/backprop', config)])
+    [0]
+  """
+  from bpjax.train.loop import launch  # Loads JAX.
+  many = len(jobs)
+  say = lambda i, line: streams.put('stderr', f'[{i + 1}/{many}] {line}')
+  codes, rest = {}, []
+  for i, job in enumerate(jobs):
+    # A finished run needs no process that finds it finished.
+    summary = workdir_lib.read_summary(job.folder)
+    if at_once > 1 and (summary or {}).get('epochs') != job.config.epochs:
+      rest.append((i, job))
+      continue
+    say(i, job.name)
+    codes[i] = launch.launch(job.config, job.folder, quiet=True, watch=watch)
+    if codes[i] == 130 or (
+        codes[i] == 0 and workdir_lib.read_summary(job.folder) is None):
+      raise Stopped(codes[i])
+  if rest:
+    codes |= _side_by_side(rest, min(at_once, len(rest)), watch, say)
+  return [codes[i] for i in range(many)]
+
+
+def _side_by_side(
     jobs: Sequence[tuple[int, Job]], processes: int, watch: Sequence[str],
     say: Callable[[int, str], None]) -> dict[int, int]:
   """Runs jobs in some processes at a time, in their order.

@@ -524,10 +524,8 @@ def cell(
   search = [make(candidate=i, search=True) for i in rates]
   if settings.train:
     try:
-      accuracies = [
-          search_lib.accuracy_of(c, os.path.join(
-              settings.workdir, f'{label},candidate={i}'))
-          for i, c in enumerate(search)]
+      accuracies = search_lib.search(
+          {row: search}, settings.workdir, column)[row]
     except SystemExit as error:
       if error.code == 2:  # What no step has asked for.
         return without('failed', 'The launcher refuses it: see its log.')

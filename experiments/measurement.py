@@ -14,6 +14,8 @@ from typing import Any
 from absl import app
 from absl import flags
 from absl import logging
+from bpjax.train.folder import signals
+from bpjax.train.folder import streams
 from bpjax.train.folder import summary as summary_lib
 import jax
 import rich.console
@@ -61,7 +63,7 @@ def main(
   if plot:
     flags.DEFINE_string('picture', f'{name}.png', 'The plot.')
 
-  def run(argv):
+  def measure_all(argv):
     del argv
     logging.set_verbosity(logging.ERROR)  # Of libraries.
     picture = flags.FLAGS.picture if plot else ''
@@ -84,7 +86,7 @@ def main(
       sys.exit(1)
     print('all of it within its bounds')
 
-  app.run(run, flags_parser=parse_flags)
+  run(measure_all)
 
 
 def numbers(name: str, values: list[str], lowest: int = 1) -> list[int]:
@@ -122,6 +124,25 @@ def show(shown: rich.table.Table, width: int = 100) -> None:
   if not console.is_terminal:
     console = rich.console.Console(width=width)
   console.print(shown)
+
+
+def run(main: Callable[[list[str]], Any]) -> None:
+  """Runs a script's main function to its exit code; never returns.
+
+  A wrong flag, a signal and standard output that is closed or full are one
+  sentence each, and no traceback.
+
+  Example:
+    >>> run(main)
+  """
+  def program():
+    signals.exit_quietly()  # Between the runs, which listen for themselves.
+    try:
+      app.run(main, flags_parser=parse_flags)
+    except KeyboardInterrupt:
+      sys.exit(130)
+
+  streams.guarded(program)
 
 
 def parse_flags(argv: list[str]) -> list[str]:

@@ -24,7 +24,6 @@ import statistics
 import sys
 from typing import Any, NamedTuple
 
-from absl import app
 from absl import flags
 from absl import logging
 from bpjax import paths
@@ -32,8 +31,8 @@ from bpjax.train import config as config_lib
 from bpjax.train.folder import streams
 from bpjax.train.folder import summary as summary_lib
 from bpjax.train.folder import workdir as workdir_lib
-from bpjax.train.loop import launch
 from experiments import config as flags_lib
+from experiments import jobs as jobs_lib
 from experiments import measurement
 import matplotlib
 import ml_collections
@@ -250,6 +249,7 @@ def main(
           "FIELD=VALUE: changes every row's config, for a trial.")),
       'train': (flags.DEFINE_boolean, True, (
           '--notrain: only collect the runs that are finished.')),
+      'jobs': (flags.DEFINE_integer, 1, 'Runs at a time.'),
       'output': (flags.DEFINE_string, '', 'JSON file to write the results to.'),
       'read': (flags.DEFINE_string, '', (
           'JSON file of results: print its table and checks, train nothing.')),
@@ -274,13 +274,14 @@ def main(
         sys.exit(2)
     sys.exit(reproduce(made, **values))
 
-  app.run(run, flags_parser=measurement.parse_flags)
+  measurement.run(run)
 
 
 def reproduce(
     experiment: Experiment, *, workdir: str = '', seeds: Sequence[str] = (),
     rows: Sequence[str] = (), presets: Sequence[str] = (), epochs: int = 0,
-    override: Sequence[str] = (), train: bool = True, output: str = '',
+    override: Sequence[str] = (), train: bool = True, jobs: int = 1,
+    output: str = '',
     read: str = '', picture: str = '') -> int:
   """Trains what is missing, prints the table, and checks it.
 
@@ -293,6 +294,7 @@ def reproduce(
     epochs: in place of the configs'; 0: theirs.
     override: texts `FIELD=VALUE`, for every row's config.
     train: whether to train; else only what is finished is shown.
+    jobs: how many runs are trained at a time.
     output: the JSON file to write, or ''.
     read: the JSON file to read in place of folders, or ''.
     picture: the plot; '': NAME.png in the runs' folder, none with `read`.
@@ -305,6 +307,8 @@ def reproduce(
     0
   """
   try:
+    jobs_lib.check(jobs)
+    jobs_lib.check_device(jobs)
     if read:
       if workdir or seeds or rows or epochs or override or output:
         raise ValueError(
@@ -332,7 +336,7 @@ def reproduce(
   if not read:
     if train:
       code = train_runs([
-          run for run in wanted if not rows or run.row.name in rows])
+          run for run in wanted if not rows or run.row.name in rows], jobs)
       if code:
         return code
     runs = [r for r in map(record, wanted) if r is not None]
@@ -406,11 +410,12 @@ def check_folder(folder: str, config: ml_collections.ConfigDict) -> None:
         '`workdir`, or the same settings.')
 
 
-def train_runs(runs: Sequence[Run]) -> int:
+def train_runs(runs: Sequence[Run], jobs: int = 1) -> int:
   """Trains what is not finished.
 
   Args:
     runs: those that are wanted.
+    jobs: how many are trained at a time.
 
   Returns:
     The exit code if that cannot go on, else 0.
@@ -419,16 +424,15 @@ def train_runs(runs: Sequence[Run]) -> int:
     >>> train_runs([Run(row, config, 'runs/akrout_mnist/backprop,seed=0')])
     0
   """
-  for i, run in enumerate(runs):
-    streams.put(
-        'stderr', f'[{i + 1}/{len(runs)}] {os.path.basename(run.folder)}')
-    code = launch.launch(run.config, run.folder, quiet=True)
-    if code in (2, 130):
-      return code
-    # Code 3: this row came to no numbers, which the table shows; others may.
-    if not code and workdir_lib.read_summary(run.folder) is None:
-      return 1  # Stopped by SIGTERM: nothing can be said of the table.
-  return 0
+  try:
+    codes = jobs_lib.run_all([
+        jobs_lib.Job(os.path.basename(run.folder), run.folder, run.config)
+        for run in runs], jobs)
+  except jobs_lib.Stopped as stopped:
+    # 1: by SIGTERM, and nothing can be said of the table.
+    return stopped.exit_code or 1
+  # Code 3: this row came to no numbers, which the table shows.
+  return 2 if 2 in codes else 0
 
 
 def record(run: Run) -> Record | None:

@@ -6,14 +6,15 @@ and two processes can share the rows of one folder.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import json
 import os
 import sys
 from typing import Any
 
 from bpjax.train.folder import summary as summary_lib
-from bpjax.train.loop import launch
+from bpjax.train.folder import workdir as workdir_lib
+from experiments import jobs as jobs_lib
 import ml_collections
 
 Accuracies = list[float | None]
@@ -21,77 +22,87 @@ Accuracies = list[float | None]
 
 def search(
     rows: Mapping[str, Sequence[ml_collections.ConfigDict]], workdir: str,
-    prefix: str) -> Iterator[tuple[str, Accuracies]]:
+    prefix: str, jobs: int = 1) -> dict[str, Accuracies]:
   """Trains what is missing; exits where a run cannot.
 
   Args:
     rows: row -> its candidates, in order.
     workdir: folder of the runs' folders, `PREFIX,ROW,candidate=I`.
     prefix: what the rows have in common.
+    jobs: how many runs are trained at a time.
 
-  Yields:
-    A row, and the validation accuracies of its candidates; None for one whose
+  Returns:
+    Row -> the validation accuracies of its candidates; None for one whose
     weights did not stay finite.
 
   Example:
-    >>> for row, accuracies in search({'bp': configs}, 'runs/search', 'mnist'):
-    ...   print(row, best(accuracies))
+    >>> best(search({'bp': configs}, 'runs/search', 'mnist')['bp'])
+    2
   """
-  for row, configs in rows.items():
-    yield row, [
-        accuracy_of(
-            config, os.path.join(workdir, f'{prefix},{row},candidate={i}'))
-        for i, config in enumerate(configs)]
+  found = iter(accuracies_of([
+      jobs_lib.Job(name, os.path.join(workdir, name), config)
+      for row, configs in rows.items() for i, config in enumerate(configs)
+      for name in [f'{prefix},{row},candidate={i}']], jobs))
+  return {row: [next(found) for _ in configs] for row, configs in rows.items()}
 
 
 def in_full(
-    configs: Sequence[ml_collections.ConfigDict], accuracies: Accuracies,
-    count: int, workdir: str, prefix: str) -> tuple[dict[int, Any], int]:
+    configs: Mapping[str, Sequence[ml_collections.ConfigDict]],
+    accuracies: Mapping[str, Accuracies], count: int, workdir: str, prefix: str,
+    jobs: int = 1) -> dict[str, tuple[dict[int, float | None], int]]:
   """The second round: those that did best in the first, and longer.
 
   Args:
-    configs: a row's candidates as they are to be trained now.
+    configs: row -> its candidates as they are to be trained now.
     accuracies: of the first round.
-    count: how many go on.
-    workdir: folder of the runs' folders, `PREFIX,candidate=I,full`.
-    prefix: data set and row.
+    count: how many of a row go on.
+    workdir: folder of the runs' folders, `PREFIX,ROW,candidate=I,full`.
+    prefix: what the rows have in common.
+    jobs: how many runs are trained at a time.
 
   Returns:
-    Candidate -> validation accuracy, and the candidate with the highest, the
-    first of equals.
+    Row -> (candidate -> validation accuracy, the candidate with the highest, the
+    first of equals).
 
   Example:
-    >>> full, best = in_full(configs, [.5, .8, .7], 2, 'runs/search', 'mnist,bp')
-    >>> sorted(full)
+    >>> found = in_full(
+    ...     {'bp': configs}, {'bp': [.5, .8, .7]}, 2, 'runs/search', 'mnist')
+    >>> sorted(found['bp'][0])
     [1, 2]
   """
-  full = {
-      i: accuracy_of(
-          configs[i], os.path.join(workdir, f'{prefix},candidate={i},full'))
-      for i in sorted(ranked(accuracies)[:count])}
-  return full, list(full)[ranked(list(full.values()))[0]]
+  chosen = {row: sorted(ranked(a)[:count]) for row, a in accuracies.items()}
+  found = iter(accuracies_of([
+      jobs_lib.Job(name, os.path.join(workdir, name), configs[row][i])
+      for row, candidates in chosen.items() for i in candidates
+      for name in [f'{prefix},{row},candidate={i},full']], jobs))
+  full = {row: {i: next(found) for i in c} for row, c in chosen.items()}
+  return {row: (of, list(of)[ranked(list(of.values()))[0]])
+          for row, of in full.items()}
 
 
-def accuracy_of(
-    config: ml_collections.ConfigDict, folder: str) -> float | None:
-  """A config's validation accuracy; trains it unless that was done.
+def accuracies_of(jobs: Sequence[jobs_lib.Job], at_once: int = 1) -> Accuracies:
+  """The validation accuracy of each run; trains what is not finished.
+
+  Args:
+    jobs: the runs.
+    at_once: how many are trained at a time.
 
   Returns:
-    The accuracy, or None if the weights did not stay finite.
+    The accuracies; None where the weights did not stay finite.
 
   Example:
-    >>> accuracy_of(config, 'runs/search/mnist,bp,candidate=0')
+    >>> accuracies_of([jobs_lib.Job('bp', 'runs/search/bp', config)])
+    [.95]
   """
-  code = launch.launch(config, folder, quiet=True)
-  if code not in (0, 3):
-    sys.exit(code)
-  path = os.path.join(folder, 'summary.json')
-  if os.path.exists(path):
-    with open(path, encoding='utf-8') as file:
-      return round(json.load(file)['validation_accuracy'], 6)
-  if not code:
-    sys.exit(1)  # Stopped by SIGTERM.
-  return None  # Code 3: the weights were not finite.
+  try:
+    codes = jobs_lib.run_all(jobs, at_once)
+  except jobs_lib.Stopped as stopped:
+    sys.exit(stopped.exit_code or 1)  # 1: by SIGTERM, and nothing is known yet.
+  for code in codes:
+    if code not in (0, 3):  # 3: the weights were not finite.
+      sys.exit(code)
+  summaries = [workdir_lib.read_summary(job.folder) for job in jobs]
+  return [s and round(s['validation_accuracy'], 6) for s in summaries]
 
 
 def ranked(accuracies: Accuracies) -> list[int]:

@@ -60,7 +60,6 @@ _SEED = flags.DEFINE_integer('seed', None, 'Of --random; default: 0.')
 _JOBS = flags.DEFINE_integer('jobs', 1, 'Runs at a time.')
 # In the table only where there is one: what is here or not by the config.
 _AT_TIMES = ('validation_accuracy', 'test_loss')
-_MOST_JOBS = 1024
 
 
 def folder_name(point: space.Point, seed: int) -> str:
@@ -96,22 +95,20 @@ def sweep(
           'runs/rules.')
     workdir = os.path.expanduser(workdir)
     watching.require(watch)
-    _check_flags(jobs, random, seed)
+    jobs_lib.check(jobs)
+    _check_flags(random, seed)
     points = space.sample(grid, random, seed or 0) if random else (
         space.parse_grid(grid))
     runs = _runs(config, points, seeds)
+    # These load JAX, which a wrong value need not.
     from bpjax.train.folder import summary as summary_lib
     from bpjax.train.loop import build
-    from bpjax.train.loop import (
-      launch,  # Loads JAX, which a wrong value need not.
-    )
     checked = set()  # A seed changes nothing that could be refused.
     for point, _, run_config in runs:
       if json.dumps(point) not in checked:
         checked.add(json.dumps(point))
         build.make(run_config)
-    if jobs > 1:
-      _check_device()
+    jobs_lib.check_device(jobs)
   except ValueError as error:
     streams.complain(f'error: {error}')
     return 2
@@ -120,7 +117,7 @@ def sweep(
       jobs_lib.Job(name, os.path.join(workdir, name), run_config)
       for name, (_, _, run_config) in zip(names, runs)]
   try:
-    codes = _train(waiting, jobs, watch, launch.launch)
+    codes = jobs_lib.run_all(waiting, jobs, watch)
   except jobs_lib.Stopped as stopped:
     return stopped.exit_code  # By a signal: the same command goes on.
   results = []
@@ -154,11 +151,8 @@ def sweep(
   return 1 if any(codes) else 0
 
 
-def _check_flags(jobs, random, seed):
+def _check_flags(random, seed):
   """Raises ValueError for numbers that make no sense."""
-  if not 1 <= jobs <= _MOST_JOBS:
-    raise ValueError(
-        f'`jobs` must be from 1 to {_MOST_JOBS} runs at a time, got {jobs}.')
   if random < 0:
     raise ValueError(
         f'`random` must be a number of points, or 0 for all, got {random}.')
@@ -168,36 +162,6 @@ def _check_flags(jobs, random, seed):
         'are --seeds=0,1,2.')
   if seed is not None and seed < 0:
     raise ValueError(f'`seed` must be at least 0, got {seed}.')
-
-
-def _check_device():
-  """Raises ValueError where processes cannot share the device."""
-  import jax
-  if jax.default_backend() != 'cpu':
-    raise ValueError(
-        f'`jobs` must be 1 on a {jax.default_backend()}, which processes do '
-        'not share; leave it out, or set JAX_PLATFORMS=cpu.')
-
-
-def _train(waiting, jobs, watch, launch):
-  """The exit codes of all runs, in their order; raises Stopped."""
-  many = len(waiting)
-  say = lambda i, line: streams.put('stderr', f'[{i + 1}/{many}] {line}')
-  codes, rest = {}, []
-  for i, job in enumerate(waiting):
-    # A finished run needs no process that finds it finished.
-    summary = workdir_lib.read_summary(job.folder)
-    if jobs > 1 and (summary or {}).get('epochs') != job.config.epochs:
-      rest.append((i, job))
-      continue
-    say(i, job.name)
-    codes[i] = launch(job.config, job.folder, quiet=True, watch=watch)
-    if codes[i] == 130 or (
-        codes[i] == 0 and workdir_lib.read_summary(job.folder) is None):
-      raise jobs_lib.Stopped(codes[i])
-  if rest:
-    codes |= jobs_lib.run_all(rest, min(jobs, len(rest)), watch, say)
-  return [codes[i] for i in range(many)]
 
 
 def _runs(config, points, seeds):

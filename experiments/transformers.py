@@ -347,9 +347,9 @@ def _search(experiment, rows, values, given):
           for i, _ in enumerate(tried)]
       for config in configs:
         config_lib.check(config)
-      (_, accuracies), = search_lib.search(
+      accuracies = search_lib.search(
           {row.name: configs}, os.path.join(workdir, 'search'),
-          preset or experiment.name)
+          preset or experiment.name, values['jobs'])[row.name]
       held[rule] = {
           'row': row.name, 'epochs': epochs, 'seed': 0,
           'learning_rate_and_decay': [list(c) for c in tried],

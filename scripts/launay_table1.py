@@ -31,9 +31,9 @@ import math
 import sys
 from typing import NamedTuple
 
-from absl import app
 from absl import flags
 import bpjax
+from experiments import measurement
 import jax
 import jax.numpy as jnp
 import rich.console
@@ -211,4 +211,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  app.run(main)
+  measurement.run(main)

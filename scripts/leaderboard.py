@@ -40,7 +40,6 @@ if __name__ == '__main__':
   os.environ['XLA_FLAGS'] = f'{_XLA_FLAGS} {os.environ.get("XLA_FLAGS", "")}'
 
 # pylint: disable=g-import-not-at-top,wrong-import-position
-from absl import app
 from absl import flags
 from absl import logging
 from bpjax import paths
@@ -260,4 +259,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  app.run(main, flags_parser=measurement.parse_flags)
+  measurement.run(main)

@@ -14,10 +14,11 @@ Runs that are finished are not trained again; `results/local_fg_search.json` is
 what was found.
 """
 
-from absl import app
 from absl import flags
 from absl import logging
 import bpjax
+from experiments import jobs as jobs_lib
+from experiments import measurement
 from experiments import search as search_lib
 from experiments.configs import local_mixer
 
@@ -33,6 +34,7 @@ _EXAMPLES = flags.DEFINE_integer(
     'train_examples', 0, 'To train on; 0: all, which is hours on CIFAR-10.', 0)
 _WORKDIR = flags.DEFINE_string(
     'workdir', 'runs/local_fg_search', "Folder of the runs' folders.")
+_JOBS = flags.DEFINE_integer('jobs', 1, 'Runs at a time.', 1, jobs_lib.MOST)
 _OUTPUT = flags.DEFINE_string('output', '', 'JSON file for what was found.')
 
 
@@ -54,14 +56,17 @@ def main(argv: list[str]) -> None:
       for i, _ in enumerate(local_mixer.CANDIDATES)]
   rows = {
       row: configs(row, _EPOCHS.value) for row in _ROWS.value or known}
-  prefix, found = _OF.value.replace('/', '_').replace(':', '_'), {}
-  for row, accuracies in search_lib.search(rows, _WORKDIR.value, prefix):
-    full, best = search_lib.in_full(
-        configs(row), accuracies, _FINALISTS.value, _WORKDIR.value,
-        f'{prefix},{row}')
+  prefix = _OF.value.replace('/', '_').replace(':', '_')
+  accuracies = search_lib.search(rows, _WORKDIR.value, prefix, _JOBS.value)
+  full = search_lib.in_full(
+      {row: configs(row) for row in rows}, accuracies, _FINALISTS.value,
+      _WORKDIR.value, prefix, _JOBS.value)
+  found = {}
+  for row, (finalists, best) in full.items():
     found[row] = {
-        'validation_accuracy': accuracies, 'in_full': full, 'best': best}
-    print(f'{_OF.value} {row}: best is candidate {best} of {full}', flush=True)
+        'validation_accuracy': accuracies[row], 'in_full': finalists,
+        'best': best}
+    print(f'{_OF.value} {row}: best is candidate {best} of {finalists}')
   if _OUTPUT.value:
     search_lib.write(_OUTPUT.value, 'local_fg_search', {
         'of': _OF.value, 'epochs': _EPOCHS.value,
@@ -70,4 +75,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  app.run(main)
+  measurement.run(main)

@@ -19,6 +19,7 @@ import sys
 
 from absl import app
 from absl import flags
+from bpjax.train.folder import streams
 from bpjax.train.folder import workdir
 import matplotlib
 import rich.console
@@ -150,4 +151,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  app.run(main)
+  streams.guarded(lambda: app.run(main))

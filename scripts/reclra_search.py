@@ -15,9 +15,10 @@ Runs that are finished are not trained again; `results/reclra_search.json` is
 what was found.
 """
 
-from absl import app
 from absl import flags
 from absl import logging
+from experiments import jobs as jobs_lib
+from experiments import measurement
 from experiments import search as search_lib
 from experiments.configs import reclra_mnist
 
@@ -30,6 +31,7 @@ _FINALISTS = flags.DEFINE_integer(
     'finalists', 3, 'How many of them are trained in full.', 1, 6)
 _WORKDIR = flags.DEFINE_string(
     'workdir', 'runs/reclra_search', "Folder of the runs' folders.")
+_JOBS = flags.DEFINE_integer('jobs', 1, 'Runs at a time.', 1, jobs_lib.MOST)
 _OUTPUT = flags.DEFINE_string('output', '', 'JSON file for what was found.')
 
 
@@ -46,23 +48,27 @@ def main(argv: list[str]) -> None:
   logging.set_verbosity(logging.ERROR)  # Of libraries.
   known = list(reclra_mnist.CANDIDATES)
   search_lib.check_rows(_ROWS.value, known)
-  dataset, found = _DATASET.value, {}
+  dataset = _DATASET.value
   rows = {
       row: [config_of(row, dataset, i, _EPOCHS.value)
             for i, _ in enumerate(reclra_mnist.CANDIDATES[row][1])]
       for row in _ROWS.value or known}
-  for row, accuracies in search_lib.search(rows, _WORKDIR.value, dataset):
-    full, best = search_lib.in_full(
-        [config_of(row, dataset, i) for i, _ in enumerate(accuracies)],
-        accuracies, _FINALISTS.value, _WORKDIR.value, f'{dataset},{row}')
+  accuracies = search_lib.search(rows, _WORKDIR.value, dataset, _JOBS.value)
+  full = search_lib.in_full(
+      {row: [config_of(row, dataset, i) for i, _ in enumerate(configs)]
+       for row, configs in rows.items()},
+      accuracies, _FINALISTS.value, _WORKDIR.value, dataset, _JOBS.value)
+  found = {}
+  for row, (finalists, best) in full.items():
     found[row] = {
         'candidates': reclra_mnist.CANDIDATES[row][1],
-        'validation_accuracy': accuracies, 'in_full': full, 'best': best}
-    print(f'{dataset} {row}: best is candidate {best} of {full}', flush=True)
+        'validation_accuracy': accuracies[row], 'in_full': finalists,
+        'best': best}
+    print(f'{dataset} {row}: best is candidate {best} of {finalists}')
   if _OUTPUT.value:
     search_lib.write(_OUTPUT.value, 'reclra_search', {
         'dataset': dataset, 'epochs': _EPOCHS.value}, found)
 
 
 if __name__ == '__main__':
-  app.run(main)
+  measurement.run(main)

@@ -27,6 +27,7 @@ import statistics
 import sys
 from typing import Any
 
+from bpjax.train.folder import streams
 from experiments import cards as cards_lib
 from experiments import leaderboard as leaderboard_lib
 from experiments import leaderboard_page
@@ -592,4 +593,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == '__main__':
-  sys.exit(main(sys.argv[1:]))
+  streams.guarded(lambda: sys.exit(main(sys.argv[1:])))

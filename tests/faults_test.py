@@ -409,6 +409,28 @@ streams.guarded(lambda: sys.exit(launch.launch(_config(), sys.argv[1])))
       'error: stdout cannot be written to (No space left on device)')
 
 
+def test_a_script_whose_output_is_full():
+  done = subprocess.run(
+      ['sh', '-c', f'exec {sys.executable} scripts/akrout_mnist.py '
+       '--read=results/akrout_mnist.json >/dev/full'],
+      cwd=_ROOT, capture_output=True, text=True, check=False)
+  assert done.returncode == 4
+  assert done.stderr == (
+      'error: stdout cannot be written to (No space left on device).\n')
+
+
+def test_every_program_says_so_where_its_output_is_full():
+  guards = ('guarded(', 'measurement.run(', '.main(EXPERIMENT',
+            'reproduction.main(', 'measurement.main(', 'transformers.main(',
+            'dynamics.main(', 'after.start(')
+  for folder in ('scripts', 'benchmarks', 'experiments'):
+    for file in (_ROOT / folder).glob('*.py'):
+      _, is_program, last = file.read_text().rpartition(
+          "if __name__ == '__main__':")
+      if is_program:
+        assert any(guard in last for guard in guards), file
+
+
 # Trust
 
 

@@ -120,7 +120,8 @@ class TrainingTest(parameterized.TestCase):
     done = _command(
         'scripts/akrout_mnist.py', f'--workdir={workdir}', f'--output={output}',
         '--epochs=1', '--override=dataset=digits',
-        '--override=model_args.widths=(16,)', '--rows=backprop,kolen_pollack')
+        '--override=model_args.widths=(16,)', '--rows=backprop,kolen_pollack',
+        '--jobs=2')
     # One epoch of digits is far from the paper; so it says.
     self.assertEqual(done.returncode, 1, done.stderr)
     self.assertNotIn('Traceback', done.stderr)
@@ -192,12 +193,12 @@ class TrainingTest(parameterized.TestCase):
         '`epochs` is 1 there and 2 here', self.capsys.readouterr().err)
 
   @parameterized.parameters(
-      (130, 130, 1), (2, 2, 1), (3, 1, 5), (0, 1, 1))
+      (130, 130, 1), (2, 2, 5), (3, 1, 5), (0, 1, 1))
   def test_what_a_run_that_does_not_finish_leads_to(self, code, expected, runs):
     folders = []
     self.patch.setattr(
         launch, 'launch',
-        lambda config, folder, quiet: folders.append(folder) or code)
+        lambda config, folder, **kwargs: folders.append(folder) or code)
     experiment = _script('akrout_mnist').EXPERIMENT
     self.assertEqual(reproduction.reproduce(
         experiment, workdir=str(self.tmp)), expected)
@@ -208,7 +209,7 @@ class TrainingTest(parameterized.TestCase):
     folders = []
     self.patch.setattr(
         launch, 'launch',
-        lambda config, folder, quiet: folders.append(
+        lambda config, folder, **kwargs: folders.append(
             os.path.basename(folder)) or 3)
     reproduction.reproduce(
         _script('launay_table2').EXPERIMENT, workdir=str(self.tmp),

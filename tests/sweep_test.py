@@ -215,7 +215,7 @@ def test_a_signal_stops_all_of_them(monkeypatch, tmp_path, number, code):
   before = signal.getsignal(number)
   threading.Thread(target=ask).start()
   with pytest.raises(jobs_lib.Stopped) as stopped:
-    jobs_lib.run_all(jobs, 2, [], lambda *_: None)
+    jobs_lib._side_by_side(jobs, 2, [], lambda *_: None)
   assert stopped.value.exit_code == code
   assert signal.getsignal(number) is before
   assert started() == 2  # The third one never began.
@@ -226,7 +226,7 @@ def test_a_signal_stops_all_of_them(monkeypatch, tmp_path, number, code):
 def test_codes_lines_and_cores(monkeypatch, tmp_path):
   names = ['code=3', 'kill', 'code=2', 'code=4']
   jobs, said = _fake_jobs(monkeypatch, tmp_path, names), []
-  codes = jobs_lib.run_all(jobs, 2, [], lambda i, line: said.append((i, line)))
+  codes = jobs_lib._side_by_side(jobs, 2, [], lambda i, line: said.append((i, line)))
   assert codes == {0: 3, 1: 128 + signal.SIGKILL, 2: 2, 3: 4}
   assert {(i, f'started {n}') for i, n in enumerate(names)} <= set(said)
   shares = {(tmp_path / f'{n}.cores').read_text() for n in names}
@@ -240,7 +240,7 @@ def test_codes_lines_and_cores(monkeypatch, tmp_path):
 def test_one_that_is_stopped_stops_the_others(monkeypatch, tmp_path):
   jobs = _fake_jobs(monkeypatch, tmp_path, ['a', 'code=0', 'b'])
   with pytest.raises(jobs_lib.Stopped) as stopped:
-    jobs_lib.run_all(jobs, 2, [], lambda *_: None)
+    jobs_lib._side_by_side(jobs, 2, [], lambda *_: None)
   assert stopped.value.exit_code == 0
   assert not (tmp_path / 'b.cores').exists()
 

@@ -21,7 +21,7 @@ _SCRIPTS = ('dfa_lm', 'transformer_depth', 'transformer_paths', 'vit_cifar')
 _OWN = {'dataset': [], 'depths': [], 'rules': [], 'trial': False,
         'candidate': [], 'search_epochs': 0}
 _FLAGS = {'workdir': '', 'seeds': [], 'rows': [], 'presets': [], 'epochs': 0,
-          'override': [], 'train': True, 'output': '', 'read': '',
+          'override': [], 'train': True, 'jobs': 1, 'output': '', 'read': '',
           'picture': ''}
 
 
@@ -109,10 +109,11 @@ class SettingsTest(parameterized.TestCase):
   def test_the_best_candidate_goes_to_every_depth(self):
     seen = []
 
-    def made_up(rows, workdir, prefix):
-      for row, configs in rows.items():
-        seen.append((prefix, row, [c.epochs for c in configs]))
-        yield row, [.1, None, .3, .2]
+    def made_up(rows, workdir, prefix, jobs):
+      del workdir, jobs
+      (row, configs), = rows.items()
+      seen.append((prefix, row, [c.epochs for c in configs]))
+      return {row: [.1, None, .3, .2]}
 
     self.patch.setattr(search, 'search', made_up)
     own = {'dataset': ['sick'], 'depths': ['1', '2', '4'], 'rules': ['usf']}

@@ -39,7 +39,7 @@ CONFIG = flags_lib.define_flag()
 WORKDIR = flags.DEFINE_string('workdir', None, "The run's folder.")
 WATCH = flags.DEFINE_list(
     'watch', list(watching.DEFAULT),
-    'Who is shown the metrics while runs train: tensorboard, wandb; empty: '
+    'Who is shown the metrics while runs train: tensorboard, wandb, aim; empty: '
     'nobody.')
 COORDINATOR = flags.DEFINE_string(
     'coordinator', '', 'HOST:PORT of process 0, where all processes meet.')

@@ -249,3 +249,52 @@ def test_weights_and_biases_get_every_step_once(tmp_path, monkeypatch):
     log = (run / 'log.txt').read_text()
   assert log.count('`watch` of wandb failed (the network is down)') == 1
   del sys.modules['wandb']
+
+
+_AIM = '''
+"""Keeps what it is told as Aim does: one value for a name and a step."""
+runs = {}
+
+class Run:
+  def __init__(self, run_hash=None, *, repo, **kwargs):
+    if run_hash is not None and run_hash not in runs:
+      raise RuntimeError('no such run')
+    self.hash = run_hash or f'run{len(runs)}'
+    self.repo, self.values = repo, runs.setdefault(self.hash, {})
+
+  def __setitem__(self, key, value):
+    assert key == 'config' and value == {'rule': 'backprop', 'units': '[]'}
+
+  def track(self, value, name, step):
+    self.values[name, step] = value
+
+  def close(self):
+    self.values = None
+'''
+
+
+def test_aim_has_every_step_once(tmp_path, monkeypatch):
+  (tmp_path / 'aim.py').write_text(_AIM)
+  monkeypatch.syspath_prepend(str(tmp_path))
+  monkeypatch.delitem(sys.modules, 'aim', raising=False)
+  monkeypatch.delenv('AIM_REPO', raising=False)
+  run, config = tmp_path / 'run', {'rule': 'backprop', 'units': []}
+
+  def write(first, *steps):
+    with workdir_lib.Workdir(str(run)) as folder:
+      folder.watch(['aim'], config)
+      folder.cut_metrics(first)
+      _write(folder, *steps)
+
+  write(0, 3, 5, 9)
+  write(5, 5, 9, 12)
+  import aim
+  (identity, values), = aim.runs.items()
+  assert identity == (run / 'aim-run.txt').read_text().strip()
+  assert [s for n, s in values if n == 'train/loss'] == [3, 5, 9, 12]
+  assert values['alignment_teaching/a/b', 12] == .5
+  aim.runs.clear()  # By somebody: all steps go to another run.
+  write(12, 15)
+  (_, values), = aim.runs.items()
+  assert [s for n, s in values if n == 'train/loss'] == [3, 5, 9, 15]
+  del sys.modules['aim']

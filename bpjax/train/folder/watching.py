@@ -1,9 +1,9 @@
-"""Shows a run to other programs while it trains: TensorBoard, Weights & Biases.
+"""Shows a run to other programs while it trains: TensorBoard, W&B, Aim.
 
 What they hold is a copy of metrics.jsonl, which alone counts. Whenever a run
 begins or goes on, the copy is made to agree with it: TensorBoard's event file is
-written anew from the lines that are kept, and Weights & Biases gets the steps
-that it lacks. So a run that was killed leaves no point twice and none out. A copy
+written anew from the lines that are kept, Weights & Biases gets the steps that it
+lacks, and Aim has every step written over. So a run that was killed leaves no point twice and none out. A copy
 that fails is one warning, and never ends a run or changes what it computes.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 import contextlib
+import functools
 import importlib
 import importlib.util
 import json
@@ -51,7 +52,7 @@ def names() -> list[str]:
 
   Example:
     >>> names()
-    ['tensorboard', 'wandb']
+    ['tensorboard', 'wandb', 'aim']
   """
   return list(_WATCHERS)
 
@@ -210,19 +211,74 @@ class WeightsAndBiases:
       run.finish()
 
   def _identity(self):
-    """The run's name over there, kept in the folder."""
     path = os.path.join(self._folder, 'wandb-run.txt')
-    try:
-      with open(path, encoding='utf-8') as file:
-        return file.read().strip()
-    except FileNotFoundError:
+    identity = _read_identity(path)
+    if not identity:
       identity = uuid.uuid4().hex[:12]
-      with open(path, 'x', encoding='utf-8') as file:
-        file.write(f'{identity}\n')
-      return identity
+      _write_identity(path, identity)
+    return identity
 
 
-_WATCHERS = {'tensorboard': TensorBoard, 'wandb': WeightsAndBiases}
+class Aim:
+  """A run of Aim, in the repository AIM_REPO or in the run's own folder.
+
+  Aim keeps one value for a name and a step, so that what is sent again changes
+  nothing.
+  """
+
+  def __init__(self, folder: str, config: Mapping[str, Any]):
+    _require('aim', 'Aim')
+    self._folder, self._config, self._run = folder, config, None
+
+  def begin(self, lines: Sequence[Line]) -> None:
+    self.close()
+    path = os.path.join(self._folder, 'aim-run.txt')
+    identity = _read_identity(path)
+    make = functools.partial(
+        importlib.import_module('aim').Run, experiment='bpjax',
+        repo=os.environ.get('AIM_REPO', self._folder),
+        system_tracking_interval=None, capture_terminal_logs=False)
+    try:
+      self._run = make(run_hash=identity or None)
+    except Exception:
+      if not identity:
+        raise
+      self._run = make()  # Somebody has deleted it there.
+    if self._run.hash != identity:
+      _write_identity(path, self._run.hash)
+    self._run.name = os.path.basename(self._folder)
+    self._run['config'] = {
+        k: v if isinstance(v, (bool, int, float, str)) else json.dumps(v)
+        for k, v in self._config.items()}
+    self.add(lines)
+
+  def add(self, lines: Sequence[Line]) -> None:
+    for step, numbers in _by_step(lines).items():
+      for name, value in numbers.items():
+        self._run.track(value, name=name, step=step)
+
+  def close(self) -> None:
+    run, self._run = self._run, None
+    if run is not None:
+      run.close()
+
+
+_WATCHERS = {'tensorboard': TensorBoard, 'wandb': WeightsAndBiases, 'aim': Aim}
+
+
+def _read_identity(path):
+  """The run's name over there, kept in the folder; '' if there is none."""
+  try:
+    with open(path, encoding='utf-8') as file:
+      return file.read().strip()
+  except FileNotFoundError:
+    return ''
+
+
+def _write_identity(path, identity):
+  flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, 'O_NOFOLLOW', 0)
+  with open(os.open(path, flags, 0o666), 'w', encoding='utf-8') as file:
+    file.write(f'{identity}\n')
 
 
 def _require(package, program):

@@ -74,10 +74,10 @@ def _run(finished, tmp_path):
   return pathlib.Path(shutil.copytree(finished, tmp_path / 'run'))
 
 
-@pytest.mark.parametrize('first', range(0, 200, 50))
+@pytest.mark.parametrize('first', range(0, 200, 100))
 def test_faults_at_random(first):
   done = subprocess.run(
-      [sys.executable, '-m', 'tests.faults', '--faults=50', f'--first={first}',
+      [sys.executable, '-m', 'tests.faults', '--faults=100', f'--first={first}',
        '--workers=1'],
       cwd=_ROOT, capture_output=True, text=True, check=False)
   assert done.returncode == 0, done.stdout + done.stderr

@@ -207,7 +207,7 @@ class Rule:
     key, shared_key = jax.random.split(key)
     feedback = net.draw_feedback(
         key, variables, x, variables['params'],
-        {name: self._drawer(name, info) for name, info in infos.items()})
+        {name: self._init_unit(name, info) for name, info in infos.items()})
     shared = jax.jit(lambda key: self._init_shared(key, infos))(shared_key)
     if any(rule.counts or rule.advance
            for rule, _ in self._members(infos).values()):
@@ -216,12 +216,12 @@ class Rule:
     survey.feedback_shapes[self] = _shapes(feedback)
     return feedback
 
-  def _drawer(self, name, info):
-    """`(key, params) -> feedback` of a unit, or None where there is none."""
+  def _init_unit(self, name, info):
+    """What draws a unit's feedback, and what it is told; None: there is none."""
     _, rule = self.rule_for(name)
     if _passes_on(info, rule) or not rule.keeps_feedback:
       return None
-    return lambda key, params: rule.init_unit(key, info, params)
+    return rule.init_unit, info
 
   def _check_feedback(self, net, variables, x, feedback):
     """Raises a ValueError unless it is what `init` returns for this network."""

@@ -265,7 +265,7 @@ class Network:
   def draw_feedback(
       self, key: base.Key, variables: Mapping[str, Any], x: Any,
       params: base.Tree,
-      drawers: Mapping[str, Callable[[base.Key, base.Tree], base.Tree] | None]
+      drawers: Mapping[str, tuple[Callable[..., base.Tree], base.UnitInfo] | None]
   ) -> dict[str, Any]:
     """Feedback nested as the parameters are, unit by unit.
 
@@ -278,13 +278,15 @@ class Network:
       variables: the network's variables; only their shapes matter.
       x: an input; only its shape matters.
       params: the parameters, which are copied from.
-      drawers: unit -> `(key, params of one slice) -> feedback`, or None.
+      drawers: unit -> (`(key, info, params of one slice) -> feedback`, its info),
+        or None.
     """
     traced = self.traced(variables, x)
     drawn = feedback_lib.drawn_together(key, {
-        name: (draw, self.survey(variables, x).units[name].info.params,
-               _turns(traced.entries.get(name)))
-        for name, draw in drawers.items() if draw is not None})
+        name: feedback_lib.Drawer(
+            *drawer, self.survey(variables, x).units[name].info.params,
+            _turns(traced.entries.get(name)))
+        for name, drawer in drawers.items() if drawer is not None})
     feedback = {}
     for name in drawers:
       own, entry = drawn.get(name), traced.entries.get(name)

@@ -18,6 +18,7 @@ import threading
 import time
 from typing import Any
 
+import bpjax
 from bpjax.train import config as config_lib
 from bpjax.train.folder import signals
 from bpjax.train.folder import summary
@@ -26,9 +27,10 @@ from bpjax.train.loop import progress
 from bpjax.train.loop import run as run_lib
 import jax
 import numpy as np
-import sklearn.datasets  # Imported before a fork, as all that takes time.
+import sklearn.datasets
 
-assert sklearn.datasets
+# Imported before a fork, as all that takes time.
+assert sklearn.datasets and bpjax.models.mlp and bpjax.rules.kolen_pollack
 CODES = {0, 2, 3, 4, 130}
 _EVENTS = (
     'open', 'os.listdir', 'os.mkdir', 'os.remove', 'os.rename', 'os.rmdir',

@@ -14,7 +14,8 @@ TARGETS = (
     'difference_target_propagation', 'local_representation_alignment',
     'recursive_local_representation_alignment', 'target_propagation')
 SETTLING = ('equilibrium_propagation', 'predictive_coding')
-WHOLE = ('forward_forward', 'pepita', 'spsa')
+WHOLE = (
+    'direct_difference_target_propagation', 'forward_forward', 'pepita', 'spsa')
 BARE = tuple(name for name in bpjax.rules.names()
              if name not in (*TARGETS, *SETTLING, *WHOLE))
 

@@ -15,6 +15,9 @@ from bpjax.rules.backprop import backprop
 from bpjax.rules.difference_target_propagation import (
   difference_target_propagation,
 )
+from bpjax.rules.direct_difference_target_propagation import (
+  direct_difference_target_propagation,
+)
 from bpjax.rules.direct_feedback_alignment import direct_feedback_alignment
 from bpjax.rules.direct_kolen_pollack import direct_kolen_pollack
 from bpjax.rules.direct_random_target_projection import (
@@ -50,6 +53,7 @@ __all__ = (
     'backprop',
     'by_path',
     'difference_target_propagation',
+    'direct_difference_target_propagation',
     'direct_feedback_alignment',
     'direct_kolen_pollack',
     'direct_random_target_projection',

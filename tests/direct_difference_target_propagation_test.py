@@ -67,7 +67,7 @@ class ReferenceTest(float64.Float64TestCase):
     loss = _LOSS if kind == 'logits' else (
         lambda p, y: -jnp.log(jnp.take_along_axis(p, y[:, None], 1)[:, 0]))
     key = jax.random.key(8)
-    _, (grads, own) = zoo.learn(rule, net, loss)(
+    _, (grads, own) = zoo.learn(rule, net, loss, reduction='sum')(
         variables, feedback, x, y, key=key)
     params = variables['params']
     if kind == 'probabilities':
@@ -242,7 +242,7 @@ class RefusalsTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, 'is called 2 times'):
       _RULE().init(jax.random.key(0), net, variables, x)
     with self.assertRaisesRegex(ValueError, '`by_path` combines'):
-      bpjax.by_path({'*': _RULE()})
+      bpjax.rules.by_path({'*': _RULE()})
     net = bpjax.from_linen(zoo.Plain())
     variables = net.init(jax.random.key(0), x)
     feedback = _RULE().init(jax.random.key(0), net, variables, x)

@@ -1,8 +1,8 @@
 """The rules that set targets, written out in numpy float64, for tests.
 
-Target propagation, local representation alignment (a chain, or recursive over
-any wiring) and equilibrium propagation in multilayer perceptrons. "Decided:"
-marks what the papers leave open.
+Target propagation (by inverses, or direct), local representation alignment (a
+chain, or recursive over any wiring) and equilibrium propagation in multilayer
+perceptrons. "Decided:" marks what the papers leave open.
 
 Rows are examples. `params` is a list of {'kernel' [d_in, d_out], 'bias'
 [d_out]}; units are numbered 1..L, so unit l is `params[l - 1]`, and
@@ -14,7 +14,8 @@ Errors are per example. Every update is a sum over the examples, never divided,
 and gradient-signed: descending it is what the rule asks for.
 
 Lee et al. 2015, arXiv:1412.7525; Ororbia & Mali 2019, arXiv:1805.11703;
-Scellier & Bengio 2017, arXiv:1602.05179.
+Scellier & Bengio 2017, arXiv:1602.05179; Meulemans et al. 2020,
+arXiv:2006.14331.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -258,6 +259,67 @@ def inverse_loss_and_gradient(params: Sequence[Unit], inverse: Unit, layer: int,
   mistake = inverse_network(inverse, inverse_activation)(code) - corrupted
   delta = 2.0 * mistake * slope(_affine(inverse, code))
   return np.sum(mistake**2), _unit_update(code, delta)
+
+
+class DirectDifferenceTargetPropagation(NamedTuple):
+  """Updates, a list as `params`, and {l: dQ_l [d_l, d_L]}."""
+  updates: list[dict[str, Array]]
+  feedback_updates: dict[int, Array]
+
+
+def direct_difference_target_propagation(
+    params: Sequence[Unit], feedback: Mapping[int, Array], x, y,
+    noise: Mapping[int, Array], *, step: float, sigma: float, decay: float,
+    activation: str = 'tanh', loss: str = 'cross_entropy'
+) -> DirectDifferenceTargetPropagation:
+  """DDTP-linear: targets h_l + Q_l (t_L - a_L), with t_L = a_L - step e.
+
+  dW_l is the gradient of |h_l - t_l|^2 with input and target held, for l < L;
+  dW_L = h_{L-1}^T e. dQ_l is the gradient of
+  sum_n |Q_l (a_L^c - a_L) - sigma eps|^2 / sigma^2 + decay |Q_l|^2,
+  where a_L^c follows from h_l + sigma eps with the units above as they are.
+
+  Decided: the targets and the noise's reply are of a_L, before a softmax. `step`
+  multiplies the per-example error. The decay is added once, not by example. W_L
+  gets the true gradient, where the paper's has the factor 2 step.
+
+  Args:
+    params: The network.
+    feedback: {l: Q_l [d_l, d_L]} for l = 1..L-1.
+    x: Inputs [N, d_0].
+    y: Labels [N], or targets [N, C] for 'squared_error'.
+    noise: {l: eps [N, d_l]} for l = 1..L-1, of standard deviation 1.
+    step: How far the output's target lies from the output.
+    sigma: The noise's standard deviation.
+    decay: Of Q.
+    activation: Of the hidden units.
+    loss: 'cross_entropy' or 'squared_error'.
+
+  Returns:
+    The updates of weights and feedback.
+  """
+  phi, slope, last = _phi(activation), _slope(activation), len(params)
+  pre, hidden = forward(params, x, activation)
+  output = read_out(pre[last], loss)
+  error = output - true_output(y, output.shape, loss)
+  target = pre[last] - step * error
+  updates, feedback_updates = [], {}
+  for l in range(1, last):
+    q = _shaped(f'feedback[{l}]', feedback[l],
+                (hidden[l].shape[1], error.shape[1]))
+    own_target = hidden[l] + (target - pre[last]) @ q.T
+    updates.append(_unit_update(
+        hidden[l - 1], 2.0 * (hidden[l] - own_target) * slope(pre[l])))
+    moved = sigma * _shaped(f'noise[{l}]', noise[l], hidden[l].shape)
+    corrupted = hidden[l] + moved
+    for unit in params[l:last - 1]:
+      corrupted = phi(_affine(unit, corrupted))
+    change = _affine(params[last - 1], corrupted) - pre[last]
+    mistake = change @ q.T - moved
+    feedback_updates[l] = (
+        2.0 * mistake.T @ change / sigma**2 + 2.0 * decay * q)
+  updates.append(_unit_update(hidden[last - 1], error))
+  return DirectDifferenceTargetPropagation(updates, feedback_updates)
 
 
 # --- Local representation alignment -----------------------------------------

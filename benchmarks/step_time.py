@@ -62,10 +62,12 @@ _TARGETS = (
     'recursive_local_representation_alignment', 'target_propagation')
 # Rules that refuse norms or whole numbers, and one that would not learn there.
 _WHOLE = ('forward_forward', 'pepita', 'predictive_coding', 'spsa')
-# Beside them: 128 noise images a layer, and a forward derivative of all, are
-# minutes a round.
-_NOT_W3 = (*_TARGETS, *_WHOLE, 'weight_mirror', 'forward_gradient')
-_DRAWS = ('difference_target_propagation', 'equilibrium_propagation',
+# Beside them: 128 noise images a layer, a forward derivative of all, and a forward
+# pass for each layer are minutes a round.
+_NOT_W3 = (*_TARGETS, *_WHOLE, 'weight_mirror', 'forward_gradient',
+           'direct_difference_target_propagation')
+_DRAWS = ('difference_target_propagation',
+          'direct_difference_target_propagation', 'equilibrium_propagation',
           'forward_forward', 'forward_gradient', 'spsa', 'target_propagation')
 _BIOTORCH = ('fa', 'dfa', 'usf')
 _RULES = {
@@ -88,6 +90,7 @@ _RULES = {
     'equilibrium_propagation': {},
     'predictive_coding': {},
     'direct_kolen_pollack': {},
+    'direct_difference_target_propagation': {},
     'pepita': {},
     'forward_forward': {},
     'spsa': {},

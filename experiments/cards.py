@@ -94,6 +94,13 @@ CARDS: dict[str, Card] = {
         'one forward, two passes of inverses, and their training',
         'graphs that are no chain; interleaved training at high rates',
         'Lee et al., 2015'),
+    'direct_difference_target_propagation': Card(
+        'no weight; Q sees how the output replies to noise in its layer',
+        'its input, and a target that a learned projection of the output\'s error '
+        'sets', 'Q, as B in direct feedback, trained',
+        'one forward, a projection a layer, and a forward pass from each layer on',
+        'deep nets, whose passes grow with the square of the depth; units that are '
+        'called more than once (refused)', 'Meulemans et al., 2020'),
     'local_representation_alignment': Card(
         'no weight; with E that learn, their updates', 'its input, and the '
         'distance to a target that error synapses E set',

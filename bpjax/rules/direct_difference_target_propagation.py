@@ -25,7 +25,7 @@ import jax.numpy as jnp
 
 
 def direct_difference_target_propagation(
-    step: float = .1, sigma: float = .1, decay: float = .1, scale: float = 1.
+    step: float = .1, sigma: float = .1, decay: float = .1, scale: float = .1
 ) -> engine.Base:
   r"""Direct linear feedback from the output's target to each layer's target.
 
@@ -52,12 +52,12 @@ def direct_difference_target_propagation(
   large :math:`\lambda` turns them towards the gradient's, :math:`J_i^T e`.
 
   From the paper: the equations, :math:`\lambda` in the place of its noise at the
-  output (which has this expectation), the linear output that softmax follows,
-  and Xavier's first Q. Otherwise here: forward weights and Q learn at the same
-  steps, where the authors train Q alone for six epochs first; the reconstruction
-  is summed over a layer's entries, where their code takes the mean (their
-  :math:`\lambda` is ours by the number of entries); and the output unit learns by
-  its exact gradient, as in the other target rules, where theirs has the factor
+  output (which has this expectation). From the authors' code: the output is the
+  linear one that softmax follows, and Xavier's first Q. Otherwise here: forward
+  weights and Q learn at the same steps, where they train Q alone for six epochs
+  first, so that Q starts smaller; the reconstruction is summed over a layer's
+  entries, where their code takes the mean; and the output unit learns by its exact
+  gradient, as in the other target rules, where theirs has the factor
   :math:`2 \hat\eta`.
 
   :math:`Q_i` is kept at the unit that *reads* layer i, as B is in direct feedback
@@ -77,7 +77,9 @@ def direct_difference_target_propagation(
       derivative :math:`J_i \epsilon`.
     decay: :math:`\lambda`, of Q.
     scale: factor on the first Q's standard deviation,
-      :math:`\sqrt{2 / (n_{out} + n_i)}`.
+      :math:`\sqrt{2 / (n_{out} + n_i)}`; the authors' is 1. Q starts small, since
+      its first step from 0 is along :math:`E[J_i^T]`, and what is random in it
+      has to be forgotten.
 
   Returns:
     A rule; all of its feedback is trainable.

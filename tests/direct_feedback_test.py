@@ -126,6 +126,67 @@ class PlacementTest(float64.Float64TestCase):
       _DIRECT(placement='blocks')
 
 
+class Turn(nn.Module):
+  """A turn of a loop, with a branch in it or without."""
+  branch: bool = False
+
+  @nn.compact
+  def __call__(self, h, turn):
+    dense = nn.Dense(16)
+    if self.branch and not self.is_initializing():
+      h = nn.cond(turn >= 0, lambda m, h: jnp.tanh(m(h)), lambda m, h: h, dense, h)
+    else:
+      h = jnp.tanh(dense(h))
+    return h, None
+
+
+class Looped(nn.Module):
+  outputs: int
+  branch: bool = False
+
+  @nn.compact
+  def __call__(self, x):
+    loop = nn.scan(Turn, variable_axes={'params': 0},
+                   split_rngs={'params': True}, length=12)
+    return nn.Dense(self.outputs)(loop(self.branch)(x, jnp.arange(12))[0])
+
+
+class LoopsTest(parameterized.TestCase):
+
+  def test_a_loop_keeps_one_error_and_not_one_a_turn(self):
+    x, y = jnp.ones((64, 16)), jnp.arange(64)
+    net = bpjax.from_linen(Looped(4096))
+    variables = jax.eval_shape(net.init, jax.random.key(0), x)
+    bytes_ = {}
+    for name in ('backprop', 'direct_feedback_alignment'):
+      rule = bpjax.rules.get(name)()
+      feedback = jax.eval_shape(
+          lambda key, v: rule.init(key, net, v, x), jax.random.key(1), variables)  # pylint: disable=cell-var-from-loop
+      learn = rule.value_and_grad(net, bpjax.losses.softmax_cross_entropy)
+      bytes_[name] = jax.jit(learn).lower(
+          variables, feedback, x, y).compile().memory_analysis(
+              ).temp_size_in_bytes
+    error = 4 * 64 * 4096
+    self.assertLess(
+        bytes_['direct_feedback_alignment'], bytes_['backprop'] + 3 * error)
+
+  def test_branches_get_the_error_too(self):
+    x, y = jax.random.normal(jax.random.key(3), (6, 16)), jnp.arange(6) % 5
+    found = []
+    for branch in (False, True):
+      net = bpjax.from_linen(Looped(5, branch))
+      variables = net.init(jax.random.key(0), x)
+      rule = bpjax.rules.direct_feedback_alignment()
+      feedback = rule.init(jax.random.key(1), net, variables, x)
+      _, (grads, _) = jax.jit(rule.value_and_grad(
+          net, bpjax.losses.softmax_cross_entropy))(variables, feedback, x, y)
+      found.append(bpjax.paths.leaves(grads))
+    plain, branched = (list(f.values()) for f in found)
+    for a, b in zip(plain, branched, strict=True):
+      self.assertGreater(jnp.abs(a).min(axis=None), 0)
+      np.testing.assert_allclose(a, b, atol=1e-6)
+
+
 class DevicesTest(parameterized.TestCase):
 
   @parameterized.parameters(

@@ -394,7 +394,8 @@ class Rule:
     """The engine: one forward pass, one pull.
 
     `settle(output)` gives the losses, the error of the output, and a function
-    from a unit to the error for its port; that of `loss` where it is left out.
+    from a block to the error of what it puts out; that of `loss` where it is left
+    out.
 
     Returns:
       value, aux, the summed updates of (params, feedback, probes), and the
@@ -421,48 +422,58 @@ class Rule:
         for name in sources.values()} | {
             f'{name}/readout_0': zeros_like_output(survey.units[name].info.pre)
             for name in readouts})
+    infos = self._told(survey.units.infos)
+    tokens = {
+        info.block: zeros_like_output(info.net_output)
+        for name, info in infos.items()
+        if self.rule_for(name)[1].port(info) == 'output'}
     visit = functools.partial(
-        self.visit, infos=self._told(survey.units.infos), shared=shared,
+        self.visit, infos=infos, shared=shared,
         divisor=lambda unit: reduction_lib.divisor(reduction, unit, count),
         told=(y, shared.get(STEP), net.real(x)))
 
     def forward(params, feedback, probes, taps):
       own = {k: v for k, v in feedback.items() if k != SHARED}
       collections = {
-          **state, 'params': params, base.FEEDBACK: own}
+          **state, 'params': params, base.FEEDBACK: own, base.TOKENS: tokens}
       if probes is not None:
         collections[base.PROBES] = probes
       if taps:
         collections[base.TAPS] = taps
       output, state_out = net.run(
-          collections, x, visit, key, [*state, base.PORTS])
+          collections, x, visit, key, [*state, base.PORTS, base.TOKENS])
       ports = state_out.pop(base.PORTS, {})
-      return (output, ports), {c: state_out[c] for c in state}
+      return (output, ports, state_out[base.TOKENS]), {
+          c: state_out[c] for c in state}
 
-    (output, ports), pull, state = jax.vjp(
+    (output, ports, tokens), pull, state = jax.vjp(
         forward, params, feedback, probes, taps, has_aux=True)
     losses, error, error_of = (settle or functools.partial(
         settled, loss, y))(output)
 
-    def seed(name, port):
-      unit = name.rpartition('/')[0]
-      source = sources.get(unit)
-      if source is not None:
-        return paths.subtree(errors, source)['tap_0']
-      if not readouts:
-        return _to_port(error_of(unit), port)
-      outputs = jax.tree.leaves(error)
-      return _to_port(reduction_lib.errors_together([
-          outputs[part] if isinstance(part, int)
-          else paths.subtree(errors, part)['readout_0']
-          for part in survey.error_parts], losses.shape[0]), port)
+    def cotangents(errors):
+      """What is known with the errors of units that others hang on."""
+      of_block = error_of
+      if readouts:
+        outputs = jax.tree.leaves(error)
+        whole = reduction_lib.errors_together([
+            outputs[part] if isinstance(part, int)
+            else paths.subtree(errors, part)['readout_0']
+            for part in survey.error_parts], losses.shape[0])
+        of_block = lambda block: whole
+      return (
+          error,
+          paths.map_with_name(lambda name, port: _to_port(paths.subtree(
+              errors, sources[name.rpartition('/')[0]])['tap_0'], port), ports),
+          {block: _to_port(of_block(block), token)
+           for block, token in tokens.items()})
 
     # One pull a level of the wiring: it brings the errors of the units that
     # hang on those already known. XLA merges what they have in common.
     errors = taps
     for _ in range(depth + bool(readouts)):
-      *_, errors = pull((error, paths.map_with_name(seed, ports)))
-    *grads, _ = pull((error, paths.map_with_name(seed, ports)))
+      *_, errors = pull(cotangents(errors))
+    *grads, _ = pull(cotangents(errors))
     # Feedback may hold whole numbers, which have no gradient: zeros of theirs.
     grads = jax.tree.map(
         lambda g, x: jnp.zeros_like(x) if g.dtype == jax.dtypes.float0 else g,
@@ -555,13 +566,15 @@ class Rule:
     source = rule.port(info)
     read = (None if source is None else info.net_output if source == 'output'
             else infos[source].out)
+    token = call.token(info.block) if source == 'output' else None
     out, port = _wrap(
         call.unit, info, rule, read, source == 'output',
         divisor(call.name))(
         call.params, feedback, call.taught_inputs(), key,
-        tap, call.read(base.TAPS, 'readout'),
-        told)
-    if port is not None:
+        tap, call.read(base.TAPS, 'readout'), token, told)
+    if token is not None:
+      call.hand_on(info.block, port)
+    elif port is not None:
       call.write(base.PORTS, port, 'port')
     return out if probe is None else out + probe
 
@@ -626,7 +639,7 @@ def settled(loss, y, output):
   reduction_lib.check_losses(losses, output)
   error, = pull(jnp.ones_like(losses))
   whole = reduction_lib.errors_together(error, losses.shape[0])
-  return losses, error, lambda unit: whole
+  return losses, error, lambda block: whole
 
 
 def split(key: base.Key | None) -> tuple[base.Key | None, base.Key | None]:
@@ -643,28 +656,32 @@ def _wrap(unit, info, rule, read, from_output, divisor):
   """The unit as a function with the rule for its derivative.
 
   `read` has the shape of the error that the unit's port reads, if any;
-  `from_output` says whether that is the model's own.
+  `from_output` says whether that is the model's own (or its block's). That one
+  comes with the token, which is handed on, or without one by a port.
   """
   unit.info = info
 
-  def primal(params, inputs):
+  def primal(params, inputs, token):
     pre, out = unit(params, inputs)
-    port = None if read is None else zeros_like_output(read)
+    port = None if read is None else (
+        zeros_like_output(read) if token is None else token)
     return pre, out, port
 
   @jax.custom_vjp
-  def call(params, feedback, inputs, key, tap, readout, told):
+  def call(params, feedback, inputs, key, tap, readout, token, told):
     del feedback, key, tap, readout, told
-    return primal(params, inputs)[1:]
+    return primal(params, inputs, token)[1:]
 
-  def forward(params, feedback, inputs, key, tap, readout, told):
-    pre, out, port = primal(params, inputs)
+  def forward(params, feedback, inputs, key, tap, readout, token, told):
+    pre, out, port = primal(params, inputs, token)
     return (out, port), (
-        params, feedback, inputs, pre, out, key, tap, readout, told)
+        params, feedback, inputs, pre, out, key, tap, readout, token, told)
 
   def backward(residuals, cotangents):
-    params, feedback, inputs, pre, out, key, tap, readout, told = residuals
-    teaching, error = cotangents
+    (params, feedback, inputs, pre, out, key, tap, readout, token,
+     told) = residuals
+    teaching, arrived = cotangents
+    error = arrived
     if from_output:
       error = late(error, teaching)
     activations = base.Activations(inputs, pre, out)
@@ -685,7 +702,8 @@ def _wrap(unit, info, rule, read, from_output, divisor):
             _check_messages(info, rule, inputs, messages), None,
             None if tap is None else credit.source,
             None if readout is None else
-            unit.delta(params, activations, teaching).pre, None)
+            unit.delta(params, activations, teaching).pre,
+            None if token is None else arrived, None)
 
   call.defvjp(forward, backward)
   return call

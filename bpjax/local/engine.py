@@ -368,8 +368,7 @@ class Local:
     # A readout that is alone has one loss to learn from, in the first pass.
     again = i > 0 and self.readout == 'detached'
     return Losses(
-        self, view, feedback['heads'], loss, y, 0. if again else 1.,
-        view.real(x))
+        self, feedback['heads'], loss, y, 0. if again else 1., view.real(x))
 
   def signals(self, net, loss, variables, feedback, x, y, key):
     """As `bpjax.engines.credit.Rule.signals`; of several passes, the sum."""
@@ -399,10 +398,10 @@ class Losses(located.Judge):
     heads: block -> the summed gradient of its head, once `settle` was called.
   """
 
-  def __init__(self, local, view, heads, loss, y, of_output=1., mask=None):
+  def __init__(self, local, heads, loss, y, of_output=1., mask=None):
     super().__init__(local.placement, local.groups, local.grouped)
     self._mask = mask
-    self._local, self._view, self._params = local, view, heads
+    self._local, self._params = local, heads
     self._loss, self._y, self._share = loss, y, of_output
     self.heads = {}
 
@@ -432,10 +431,9 @@ class Losses(located.Judge):
     return losses, errors
 
   def settle_ports(self, outputs: Any) -> tuple[base.Array, Any, Any]:
-    """The same for the credit engine, and unit -> the error for its port."""
+    """The same for the credit engine, and block -> the error of its output."""
     losses, errors, own = self._differentiate(outputs)
-    units = self._view.units.infos
-    return losses, errors, lambda unit: own[units[unit].block]
+    return losses, errors, own.__getitem__
 
   def of_block(self, name: str, features: base.Array) -> base.Array:
     """The losses of a block, [batch, ...]."""

@@ -340,7 +340,9 @@ class Network:
                for leaf in (*e.principal, *e.others)}
     held |= {
         name: _held(feedback, e, weights) for name, e in traced.entries.items()}
-    flow = run_lib.Flow(held, _given(variables), key=rule_key)
+    flow = run_lib.Flow(
+        held, _given(variables), tokens=dict(variables.get(base.TOKENS, {})),
+        key=rule_key)
 
     def answer(step, env, flow):
       if step.how == 'mark':
@@ -357,7 +359,8 @@ class Network:
     twins += [None] * (len(values) - len(twins))
     outs, _ = run_lib.Runner(answer).run(traced.plan, values, twins, flow)
     output, state = jax.tree.unflatten(traced.structure, outs)
-    collections = {**state, **_collected(flow.kept)}
+    collections = {
+        **state, **_collected(flow.kept), base.TOKENS: flow.tokens}
     return output, {c: collections.get(c, {}) for c in mutable}
 
 
@@ -402,6 +405,14 @@ class Call:
   def write(self, collection: str, value: Any, name: str) -> None:
     """Keeps `value` as this call's part of a collection."""
     self._flow.kept[collection, self.name, f'{name}_{self.index}'] = value
+
+  def token(self, block: str) -> Any | None:
+    """The token of a block, see `run.Flow`; None: there is none."""
+    return self._flow.tokens.get(block)
+
+  def hand_on(self, block: str, token: Any) -> None:
+    """Gives the token of a block to the calls that come later."""
+    self._flow.tokens[block] = token
 
   def key(self) -> base.Key:
     """A random key of this call's own."""
@@ -481,7 +492,8 @@ def _given(variables):
   """The engine's collections, by call."""
   given = {}
   for collection in base.COLLECTIONS:
-    if collection == base.FEEDBACK or collection not in variables:
+    if collection in (base.FEEDBACK, base.TOKENS) or (
+        collection not in variables):
       continue
     tree = variables[collection]
     for name, leaf in zip(paths.leaf_names(tree), jax.tree.leaves(tree)):

@@ -25,12 +25,15 @@ class Flow:
     held: unit -> what it keeps besides twins of its weights (direct feedback).
     given: values for single calls; loops hand out a slice a turn.
     kept: what calls have left; loops stack it.
+    tokens: what passes through every call on its way, and into no result: on the
+      way back it brings the same to all of them, in loops and branches too.
     key: of the visitor's own draws, or None.
     draws: how many keys were taken from it here.
   """
   held: dict[str, Any]
   given: dict[Place, Any]
   kept: dict[Place, Any] = dataclasses.field(default_factory=dict)
+  tokens: dict[str, Any] = dataclasses.field(default_factory=dict)
   key: base.Key | None = None
   draws: int = 0
 
@@ -103,21 +106,22 @@ class Runner:
     run = jax.checkpoint(
         lambda *args: self._inside(plan, *args), policy=p['policy'],
         prevent_cse=p['prevent_cse'])
-    (outs, twins), kept = run(
-        values, twins, flow.held, _own(flow.given, plan), flow.next_key())
+    (outs, twins), kept, flow.tokens = run(
+        values, twins, flow.held, _own(flow.given, plan), flow.tokens,
+        flow.next_key())
     flow.kept.update(kept)
     return outs, twins
 
-  def _inside(self, plan, values, twins, held, given, key):
-    """A plan as a pure function: its results, and what calls have left."""
-    flow = Flow(held, given, key=key)
-    return self.run(plan, values, twins, flow), flow.kept
+  def _inside(self, plan, values, twins, held, given, tokens, key):
+    """A plan as a pure function: its results, what calls have left, tokens."""
+    flow = Flow(held, given, tokens=dict(tokens), key=key)
+    return self.run(plan, values, twins, flow), flow.kept, flow.tokens
 
   def _cond(self, step, values, twins, flow):
     index, *operands = values
     held = flow.held
     key = flow.next_key()
-    args = (operands, twins[1:], held, flow.given, key)
+    args = (operands, twins[1:], held, flow.given, flow.tokens, key)
     runs = [
         lambda *args, plan=plan: self._inside(plan, *args)
         for plan in step.inner]
@@ -127,13 +131,14 @@ class Runner:
 
     def whole(run):
       def branch(*args):
-        (outs, _), kept = run(*args)
+        (outs, _), kept, tokens = run(*args)
         return outs, {
             place: kept.get(place, jnp.zeros(s.shape, s.dtype))
-            for place, s in shapes.items()}
+            for place, s in shapes.items()}, tokens
       return branch
 
-    outs, kept = jax.lax.switch(index, [whole(run) for run in runs], *args)
+    outs, kept, flow.tokens = jax.lax.switch(
+        index, [whole(run) for run in runs], *args)
     flow.kept.update(kept)
     return list(outs), [None] * len(outs)
 
@@ -162,17 +167,17 @@ class Runner:
     carried = twins_of(values[first:last], twins[first:last])
 
     def body(carry, turn):
-      carry, carry_twins = carry
+      carry, carry_twins, tokens = carry
       xs, x_twins, held_slices, given, key = turn
-      (outs, out_twins), kept = self._inside(
+      (outs, out_twins), kept, tokens = self._inside(
           plan, [*values[:first], *carry, *xs],
           [*twins[:first], *carry_twins, *x_twins], {**held, **held_slices},
-          given, key)
+          given, tokens, key)
       carry, ys = outs[:last - first], outs[last - first:]
-      return (carry, twins_of(carry, out_twins)), (ys, kept)
+      return (carry, twins_of(carry, out_twins), tokens), (ys, kept)
 
-    (carry, carried), (ys, kept) = jax.lax.scan(
-        body, (values[first:last], carried),
+    (carry, carried, flow.tokens), (ys, kept) = jax.lax.scan(
+        body, (values[first:last], carried, flow.tokens),
         (values[last:], twins[last:], held_slices, given, keys),
         length=p['length'], reverse=p['reverse'], unroll=p['unroll'])
     flow.kept.update(kept)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 import dataclasses
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TYPE_CHECKING
 
 import jax
 
@@ -182,6 +182,12 @@ class UnitInfo:
   examples: tuple[int, int, int] | None = None
   by_example: bool = False
   weights_as_kept: bool = True
+
+  if not TYPE_CHECKING:  # Which knows the fields.
+
+    def __getattr__(self, name):
+      known = ', '.join(f.name for f in dataclasses.fields(UnitInfo))
+      raise AttributeError(f'the info of a unit has no {name!r}; it has {known}')
 
 
 class Delta(NamedTuple):

@@ -28,7 +28,12 @@ def feedback_shape(
     info: the unit.
     error: shape of the error that is projected; default that of the output.
   """
-  shape = _first_shape(info.inputs[read_input(info)], _place(info))
+  read = read_input(info)
+  if read is None:
+    raise ValueError(
+        f'unit `{info.name}` sends no message, so that it has no projection; ask '
+        '`projection.sends(info)` first.')
+  shape = _first_shape(info.inputs[read], _place(info))
   error = (error or info.net_output).shape
   n_out, features, _ = layout(
       error, shape, info.feature_axes if info.positionwise else 0)
@@ -94,6 +99,11 @@ def spread(
   _, features, how = layout(error.shape, shape, feature_axes)
   if how != 'each':
     error = error.reshape(error.shape[0], -1)
+  wanted = getattr(weights, 'shape', error.shape[-1:])[0]
+  if error.shape[-1] != wanted:
+    raise ValueError(
+        f'what is projected must be {wanted} numbers an example, as the matrix '
+        f'takes them, got {error.shape[-1]}; labels have to be one-hot.')
   message = _times(error, weights, features)
   if how == 'broadcast':
     positions = shape[1:len(shape) - len(features)]

@@ -33,7 +33,7 @@ def check_rule(
   the gradient; convolutions, boundaries, integer inputs, `remat`, `scan` and a
   batch of one work or are refused by a ValueError (without `model` and `net`);
   and, where there are several devices, a batch sharded over all of them gives the
-  same updates.
+  same updates. It takes half a minute, and returns nothing where all of that holds.
 
   Args:
     rule: the rule, such as `my_rule()`.
@@ -82,6 +82,14 @@ def check_rule(
   _expect(
       _close(total, jax.tree.map(lambda g: g * len(x), grads), 1e-4),
       "'sum' is 'mean' times the batch size")
+  if _same(call(2)[1][0], call(3)[1][0]):  # Without noise.
+    doubled = learn(
+        variables, feedback, jnp.concatenate([x, x]), jnp.concatenate([y, y]),
+        key=jax.random.key(2))[1][0]
+    _expect(
+        _close(doubled, grads, 1e-4),
+        'updates are summed over examples, and the engine takes the mean: a batch '
+        'that has every example twice gives the same mean')
   out = rule.predict(net)(variables, x)
   _expect(out.shape == (len(x), 3), '`predict` returns the output')
   _check_linear(rule, net, variables, feedback, x)
@@ -227,7 +235,8 @@ def _check_models(rule):
     except Exception as error:
       raise AssertionError(
           f'the contract of a learning rule is broken: {what} works, or is '
-          'refused by `init` with a ValueError.') from error
+          f'refused by `init` with a ValueError; got {type(error).__name__}: '
+          f'{error}') from error
     _check_like(grads, variables['params'], '`grads`', "`variables['params']`")
     _check_like(feedback_grads, feedback, '`feedback_grads`', '`feedback`')
     _expect(all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(grads)),

@@ -2,6 +2,7 @@
 
 import bpjax
 from bpjax import feedback as feedback_lib
+from bpjax import projection
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -82,3 +83,34 @@ def test_what_reads_more_of_a_unit_draws_for_each():
       name: feedback_lib.Drawer(draw, info, info.params)
       for name, info in infos.items()})
   assert [float(v) for v in drawn.values()] == list(range(6))
+
+
+def test_what_an_info_has_not_is_answered_with_what_it_has():
+  info = next(iter(_told(*_network()).values()))
+  with pytest.raises(AttributeError, match="no 'output'; it has name, kind, .*out"):
+    _ = info.output
+
+
+def test_what_a_rule_gets_wrong_is_one_sentence():
+  net, variables, x = _network(2)
+
+  def learn(backward):
+    from bpjax.engines import UnitRule
+    rule = UnitRule(
+        name='mine', init_unit=lambda key, info, params: jnp.ones((5, 5)),
+        backward=backward)
+    feedback = rule.init(jax.random.key(0), net, variables, x)
+    rule.value_and_grad(net, bpjax.losses.softmax_cross_entropy)(
+        variables, feedback, x, jnp.zeros(3, int))
+
+  with pytest.raises(TypeError, match='what `unit.delta.teaching.` returned'):
+    learn(lambda unit, feedback, signal: bpjax.Credit(
+        unit.grad(signal.teaching), (None,)))
+  with pytest.raises(ValueError, match='labels have to be one-hot'):
+    learn(lambda unit, feedback, signal: bpjax.Credit(
+        unit.grad(unit.delta(signal.teaching)), projection.messages(
+            unit, signal.target[:, None], feedback)))
+  reader = net.survey(variables, jnp.ones((3, 5), int)).units['layer_0'].info
+  assert not projection.sends(reader)
+  with pytest.raises(ValueError, match='`layer_0` sends no message'):
+    projection.feedback_shape(reader)

@@ -48,7 +48,7 @@ class ContractTest(parameterized.TestCase):
       ('still', 'hidden layers learn'),
       ('backwards', 'the loss halves|hidden layers learn'),
       ('wrong_sign', 'the right sign'), ('sign', 'is linear in the error'),
-      ('dense_only', 'a convolution works'))
+      ('dense_only', 'a convolution works'), ('mean', 'summed over examples'))
   def test_rules_that_look_right_are_found_out(self, how, message):
     made = bpjax.rules.feedback_alignment()
     if how in ('still', 'backwards'):
@@ -64,6 +64,8 @@ class ContractTest(parameterized.TestCase):
       if how == 'dense_only':
         kernel = unit.inputs[0].T @ delta.pre
         grad = {'kernel': kernel, 'bias': delta.pre.sum(0)}
+      if how == 'mean':
+        grad = jax.tree.map(lambda g: g / len(unit.out), grad)
       if not unit.info.is_output:
         scale = {'still': 0, 'backwards': -1, 'wrong_sign': -1}.get(how, 1)
         grad = jax.tree.map(lambda g: scale * g, grad)

@@ -16,6 +16,7 @@ from bpjax.train import predict as predict_lib
 from bpjax.train import restore as restore_lib
 from bpjax.train.loop import launch
 from bpjax.train.loop import tasks
+from flax import linen as nn
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -146,6 +147,10 @@ def test_fit_takes_objects_and_goes_on(tmp_path, capsys):
      '`monitor` must be one of'),
     ({'class_weights': (1.,)}, 'one number for each of the 2 classes'),
     ({'label_smoothing': .1, 'loss': 'squared_error'}, '`label_smoothing`'),
+    ({'prior_bias': True, 'loss': 'squared_error'}, '`prior_bias`'),
+    ({'prior_bias': True, 'net': nn.Sequential(
+        [lambda x: x.reshape(len(x), -1), nn.Dense(2, use_bias=False)])},
+     'one readout with a bias'),
 ])
 def test_fit_refuses(tmp_path, change, words):
   arguments = {
@@ -155,6 +160,19 @@ def test_fit_refuses(tmp_path, change, words):
   with pytest.raises(ValueError, match=words):
     bpjax.train.fit(**arguments)
   assert not os.path.exists(tmp_path / 'run')
+
+
+def test_the_readout_begins_at_the_frequencies_of_the_classes(tmp_path):
+  x = np.random.default_rng(0).normal(size=(90, 5)).astype(np.float32)
+  y = np.repeat([0, 1, 2], [60, 30, 0])
+  data = bpjax.train.dataset((x, y), (x, y), classes=('a', 'b', 'c'))
+  fitted = bpjax.train.fit(
+      bpjax.models.mlp(num_classes=3, widths=(4,)), 'feedback_alignment',
+      dataset=data, workdir=str(tmp_path / 'run'), batch_size=40, epochs=1,
+      learning_rate=1e-9, prior_bias=True, quiet=True)
+  expected = np.log(np.array([61, 31, 1]) / 93)
+  np.testing.assert_allclose(
+      fitted.variables['params']['Dense_1']['bias'], expected, atol=1e-6)
 
 
 def test_code_of_ones_own(mine, tmp_path):

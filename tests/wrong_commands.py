@@ -103,6 +103,7 @@ _FIELDS = {
     'metrics': [("('top5',)", 'metrics[0]'), ("('nowhere:m',)", 'metrics[0]')],
     'ema': [('1', 'ema'), ('-.1', 'ema'), ('nan', 'ema')],
     'label_smoothing': [('1', 'label_smoothing'), ('-.1', 'label_smoothing')],
+    'prior_bias': [('2', 'prior_bias')],
     'class_weights': [("(1.,)", 'each of the 10'), ('(-1.,)', 'class_weights[0]')],
     'early_stopping': [('2', 'needs validation'), ('-1', 'early_stopping')],
     'keep_best': [('True', 'needs validation'), ('2', 'keep_best')],

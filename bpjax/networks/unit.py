@@ -90,14 +90,23 @@ class Bound:
     return self._unit.delta(self.params, self._activations, teaching)
 
   def grad(self, delta):
-    return self._unit.params_vjp(self.params, self._activations, delta)
+    return self._unit.params_vjp(
+        self.params, self._activations, _checked(delta, 'grad'))
 
   def send(self, delta, weights):
     return self._unit.inputs_vjp(
-        self.params, weights, self._activations, delta)
+        self.params, weights, self._activations, _checked(delta, 'send'))
 
   def activation(self, pre):
     return self._unit.activation(self.params, pre, self.inputs)
+
+
+def _checked(delta, name):
+  if not isinstance(delta, base.Delta):
+    raise TypeError(
+        f'`unit.{name}` takes what `unit.delta(teaching)` returned, got '
+        f'{type(delta).__name__}.')
+  return delta
 
 
 class Boundary(PureUnit):

@@ -90,10 +90,11 @@ def check(config: ml_collections.ConfigDict) -> None:
     raise ValueError(
         '`weight_decay` must be below 1 outside adamw, where it is the share of '
         f'a weight that is taken away at every step, got {config.weight_decay}.')
-  if config.label_smoothing and config.loss != 'cross_entropy':
-    raise ValueError(
-        "`label_smoothing` is that of `loss='cross_entropy'`, got the loss "
-        f'{config.loss!r}; leave it at 0.')
+  for name in ('label_smoothing', 'prior_bias'):
+    if config[name] and config.loss != 'cross_entropy':
+      raise ValueError(
+          f"`{name}` is that of `loss='cross_entropy'`, got the loss "
+          f'{config.loss!r}; leave it at {fields_lib.BY_NAME[name].default}.')
   if config.frozen and '*' in config.frozen:
     raise ValueError(
         "`frozen` must leave something that learns, and the pattern '*' leaves "

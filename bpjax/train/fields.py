@@ -481,6 +481,9 @@ FIELDS: tuple[Field, ...] = (
         ('class_weights', List(Number(0, _FLOAT32), '(1., .5)'), (),
          'What the losses of each class are multiplied by, in training; empty: '
          '1 each.'),
+        ('prior_bias', Flag(), False,
+         "The readout's bias begins at the logarithm of each class's share of the "
+         "training examples, in place of 0; of 'cross_entropy'."),
         ('metrics', List(Code(()), "('my_metrics:top5',)", once=True), (),
          "What is measured beside loss and accuracy: 'package.module:function' "
          'of outputs and labels, which returns a number for each example.'),

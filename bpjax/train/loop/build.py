@@ -95,6 +95,7 @@ def make(
       mirror_every=config.mirror_every, mirror_first=config.mirror_first,
       examples=_particles(config, dataset), input_noise=config.input_noise,
       ema=config.ema, augment=_augment(config),
+      log_prior=_log_prior(dataset) if config.prior_bias else None,
       views=2 if config.augment == 'contrastive' else 1)
   known = ('loss', 'accuracy', *learner.metrics)
   if (config.early_stopping or config.keep_best) and (
@@ -104,6 +105,20 @@ def make(
   like = _placed(jax.eval_shape(learner.init), learner, config)
   batch = _alignment_batch(config, dataset, feed, mesh)
   return dataset, learner, feed, batch, like
+
+
+def _log_prior(dataset):
+  """The logarithm of each class's share of the training examples.
+
+  One more of each is counted, so that none is minus infinity.
+  """
+  labels = getattr(dataset.train, 'labels', None)
+  if labels is None or np.ndim(labels) != 1:
+    raise ValueError(
+        '`prior_bias` needs a data set in memory with one label for each example, '
+        f'and `dataset` {dataset.name!r} is none; leave it False.')
+  counts = np.bincount(labels, minlength=dataset.num_classes) + 1.
+  return np.log(counts / counts.sum())
 
 
 def load(config: ml_collections.ConfigDict) -> data_lib.Dataset:

@@ -12,6 +12,7 @@ import functools
 from typing import Any, NamedTuple
 
 import bpjax
+from bpjax import paths
 from bpjax.train import data as data_lib
 from bpjax.train.loop import optimizer
 from bpjax.train.loop import tasks
@@ -79,6 +80,7 @@ class Learner:
     measured: the loss of evaluation; None: the same.
     metrics: name -> `(output, labels) -> a number an example`, of evaluation.
     ema: decay of the average of the parameters that is evaluated; 0: none.
+    log_prior: what the readout's bias begins at, `[classes]`; None: 0.
     dtype: of the computation; parameters, feedback and the optimiser's state are
       kept in single precision whatever it is.
   """
@@ -102,12 +104,15 @@ class Learner:
   metrics: Mapping[str, Callable[..., jax.Array]] = dataclasses.field(
       default_factory=dict)
   ema: float = 0.
+  log_prior: np.ndarray | None = None
 
   def init(self) -> TrainState:
     """The state before the first step, and before `mirror`."""
     key, feedback_key, *_ = self._keys()
     x = self._nothing()
     variables = self.net.init(key, x)
+    if self.log_prior is not None:
+      variables = {**variables, 'params': self._with_prior(variables, x)}
     feedback = self.rule.init(feedback_key, self.net, variables, x)
     model_state = {c: v for c, v in variables.items() if c != 'params'}
     params = variables['params']
@@ -125,6 +130,22 @@ class Learner:
         self._particles(variables, x),
         # A copy: both are donated.
         jax.tree.map(jnp.copy, params) if self.ema else {})
+
+  def _with_prior(self, variables, x):
+    """The parameters with the classes' log frequencies for the readout's bias."""
+    units = self.net.survey(variables, x).units
+    prior = jnp.asarray(self.log_prior)
+    biases = [
+        f'{name}/{leaf}' for name, unit in units.items() if unit.info.is_output
+        for leaf, shape in paths.leaves(unit.info.params).items()
+        if leaf.endswith('bias') and shape.shape == prior.shape]
+    if len(biases) != 1:
+      raise ValueError(
+          '`prior_bias` needs one readout with a bias for each of the '
+          f'{len(prior)} classes, and the model has {len(biases)}; leave it False.')
+    return paths.map_with_name(
+        lambda name, leaf: prior.astype(leaf.dtype) if name in biases else leaf,
+        variables['params'])
 
   def _particles(self, variables, x):
     """States of 0 for every training example, where they are kept."""

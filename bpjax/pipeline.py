@@ -15,6 +15,7 @@ from typing import Any
 
 from bpjax import base
 from bpjax import paths
+from bpjax import stream
 from bpjax.engines import credit
 from bpjax.local import engine as local_lib
 from bpjax.networks import network
@@ -24,6 +25,8 @@ from jax.extend.core import Jaxpr
 from jax.extend.core import Literal
 from jax.interpreters import partial_eval
 import jax.numpy as jnp
+import numpy as np
+import optax
 
 
 def pipeline(
@@ -39,7 +42,8 @@ def pipeline(
   `from_linen(model, boundaries=['block_*'])`; direct recursive LRA; random
   targets), the error of the output is broadcast once, and all stages learn at
   the same time; under `bpjax.local` each learns from its own loss, with nothing
-  broadcast; else messages go back from stage to stage, as under backprop.
+  broadcast, and `Pipeline.steps` takes many steps without a flush between them;
+  else messages go back from stage to stage, as under backprop.
 
   What comes before the blocks and after them runs on every stage, and counts on
   the first and on the last.
@@ -106,6 +110,7 @@ class Pipeline:
   axis: str
   microbatches: int
   _parts: _Parts | None = None
+  _learns: Any = None  # Feedback, as it is held -> whether it is trainable.
 
   @property
   def is_local(self) -> bool:
@@ -139,6 +144,13 @@ class Pipeline:
           f'of the axis `{self.axis}`.')
     whole, feedback = feedback, feedback['rule'] if self.is_local else feedback
     held = {'rule': self._stacked(feedback, stages)}
+    learns = self._stacked(
+        jax.tree.map(np.array, self.own.trainable(feedback)), stages)
+    self._learns = jax.tree.map(lambda a: bool(a.all()), learns)
+    if self._learns != jax.tree.map(lambda a: bool(a.any()), learns):
+      raise ValueError(
+          'the blocks of a pipeline must be equal, and some feedback learns in '
+          'one of them alone; give all of them the same rule.')
     if self.is_local:
       held['heads'] = jax.tree.map(
           lambda *a: jnp.stack(a), *[whole['heads'][n] for n in parts.names])
@@ -168,7 +180,10 @@ class Pipeline:
     if any(shape != shapes[0] for shape in shapes):
       raise ValueError(
           'the blocks of a pipeline must be equal, in what the rule keeps there '
-          'as well; put a layer that learns before the first one.')
+          'as well; ' + (
+              'leave out what learns before the first one, which hands its '
+              'error on to it.' if self.is_local else
+              'put a layer that learns before the first one.'))
     return {
         'first': {n: repeat(leaves[n]) for n in leaves if places[n] == 'first'},
         'blocks': {
@@ -222,6 +237,80 @@ class Pipeline:
       return step(variables['params'], feedback, x, y)
 
     return learn
+
+  def init_optimizer(
+      self, tx: optax.GradientTransformation, variables: Any, feedback: Any
+  ) -> Any:
+    """The state of an optimiser, each stage's on its own device.
+
+    Args:
+      tx: an optax transformation, as `steps` takes it.
+      variables: what `init` returned.
+      feedback: what `init` returned with them.
+
+    Returns:
+      A state for what comes before the blocks, one for the blocks and one for
+      what follows them, whose arrays have a new first axis, as those of `init`.
+
+    Raises:
+      ValueError: for a `tx` that joins arrays, and before `init` was called.
+    """
+    return stream.init_optimizer(self, tx, variables, feedback)
+
+  def steps(
+      self, loss: base.Loss, tx: optax.GradientTransformation
+  ) -> Callable[..., Any]:
+    """Many steps with no flush between them, for a rule of `bpjax.local`.
+
+    The T M microbatches of T steps follow each other through the S stages as one
+    stream, which takes T M + S - 1 ticks, where T calls of `value_and_grad` take
+    T (M + S - 1). In a tick a stage takes one microbatch forward, hands it on,
+    and learns from it by its own loss; after the last microbatch of a step it
+    takes the optimiser's step for what it holds. So a microbatch of step t meets,
+    at every stage, the parameters that steps 0 to t - 1 have made, all of them
+    and no others: the result is that of the same steps one after the other, and
+    no gradient is stale. There are as many versions of the parameters at the same
+    time as stages have got to different steps, and one of each block.
+
+    Args:
+      loss: `(output, y) -> per-example losses [batch, ...]`.
+      tx: an optax transformation, for parameters, heads and what else of the
+        feedback is trainable; fixed feedback stays as it is. It sees the arrays
+        of one block at a time, and has to work on each array alone.
+
+    Returns:
+      `learn(variables, feedback, state, x, y) -> (values, (variables, feedback,
+      state))`, to be called under `jax.jit`, with what `init` and
+      `init_optimizer` returned and the batches of T steps: x and y are `[T,
+      batch, ...]`. `values` is `[stages, T]`: the mean loss of each step on the
+      last stage, and zeros. The pipeline is empty when `learn` returns.
+
+    Raises:
+      ValueError: for a rule without local losses, which has to wait for errors
+        of later stages; when called, for a `tx` that joins arrays (a clip by the
+        global norm, say), for shapes that do not fit, and before `init` was
+        called.
+
+    Example:
+      >>> import bpjax, flax.linen as nn, jax, jax.numpy as jnp, optax
+      >>> net = bpjax.from_linen(nn.Sequential([nn.Dense(8) for _ in range(4)]))
+      >>> x, y = jnp.ones((3, 4, 5)), jnp.zeros((3, 4), int)  # Three steps.
+      >>> blocks = ['layers_[12]']
+      >>> piped = bpjax.pipeline(
+      ...     bpjax.local(bpjax.rules.backprop(), blocks), net, blocks=blocks,
+      ...     microbatches=2)
+      >>> tx = optax.adam(1e-3)
+      >>> with jax.set_mesh(jax.make_mesh((1,), ('layers',))):
+      ...   variables, feedback = piped.init(
+      ...       jax.random.key(0), net.init(jax.random.key(1), x[0]), x[0])
+      ...   state = piped.init_optimizer(tx, variables, feedback)
+      ...   learn = jax.jit(piped.steps(bpjax.losses.softmax_cross_entropy, tx))
+      ...   values, (variables, feedback, state) = learn(
+      ...       variables, feedback, state, x, y)
+      >>> values.shape
+      (1, 3)
+    """
+    return stream.steps(self, loss, tx)
 
   def _step(self, loss, stages, params, feedback, x, y):
     """What one stage does: `shard_map` calls it on each."""

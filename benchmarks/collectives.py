@@ -16,10 +16,8 @@ the arithmetic of docs/scale.md asks for.
 from __future__ import annotations
 
 # pylint: disable=g-import-not-at-top
-import collections
 import json
 import os
-import re
 import sys
 
 os.environ['XLA_FLAGS'] = (
@@ -30,6 +28,7 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 from absl import flags
 import bpjax
 from bpjax.train.loop import devices
+import counting
 import encoder
 from experiments import measurement
 import flax.linen as nn
@@ -41,15 +40,12 @@ import rich.table
 _RULES = flags.DEFINE_list('rules', [], 'Labels of `rules()`; none: all.')
 _OUTPUT = flags.DEFINE_string('output', None, 'A JSON file for the results.')
 _LOSS = bpjax.losses.softmax_cross_entropy
-_KINDS = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all',
-          'collective-permute')
 _WIDTH, _BATCH, _CLASSES, _STAGES, _MICROBATCHES = 256, 64, 16, 8, 4
 # Rules that teach attention as well.
 _OF_ENCODERS = (
     'backprop', 'feedback_alignment', 'feedback_alignment stored=False',
     'direct_feedback_alignment', 'direct_feedback_alignment stored=False',
     'kolen_pollack')
-_SIZES = {'f64': 8, 'f32': 4, 's32': 4, 'u32': 4, 'bf16': 2, 'pred': 1}
 
 
 class Block(nn.Module):
@@ -69,24 +65,6 @@ class Chain(nn.Module):
     for i in range(self.blocks):
       x = Block(name=f'block_{i}')(x)
     return nn.Dense(_CLASSES)(x)
-
-
-def count(text: str) -> dict[str, tuple[int, int]]:
-  """Kind -> number of collectives in a compiled program, and their bytes."""
-  found = collections.defaultdict(lambda: (0, 0))
-  for line in text.splitlines():
-    match = re.search(rf'= (.*?) ({"|".join(_KINDS)})(?:-start)?\(', line)
-    if match is None:
-      continue
-    size = 0
-    for kind, shape in re.findall(r'(\w+)\[([\d,]*)\]', match[1]):
-      entries = 1
-      for n in filter(None, shape.split(',')):
-        entries *= int(n)
-      size += entries * _SIZES[kind]
-    number, total = found[match[2]]
-    found[match[2]] = number + 1, total + size
-  return dict(found)
 
 
 def rules() -> dict:
@@ -151,7 +129,7 @@ def sharded(rule, model: int, preset: str | None = None) -> dict:
         rule.trainable(feedback), feedback, feedback_grads)
     return jax.tree.map(move, params, grads), held
 
-  return count(jax.jit(
+  return counting.collectives(jax.jit(
       step, in_shardings=(*trees, rows, rows, None), out_shardings=trees).lower(
           variables['params'], feedback, x, y, jax.random.key(2)
       ).compile().as_text())
@@ -166,7 +144,7 @@ def piped(rule, boundaries) -> dict[str, tuple[int, int]]:
       rule, net, blocks=['block_*'], microbatches=_MICROBATCHES)
   with jax.set_mesh(jax.make_mesh((_STAGES,), ('layers',))):
     held = pipeline.init(jax.random.key(1), variables, x)
-    return count(jax.jit(pipeline.value_and_grad(_LOSS)).lower(
+    return counting.collectives(jax.jit(pipeline.value_and_grad(_LOSS)).lower(
         *held, x, y).compile().as_text())
 
 
@@ -207,11 +185,11 @@ def main(argv: list[str]) -> None:
         **found, 'bytes': total, 'bytes_asked': asked,
         'permutes_back': found['collective-permute'][0] - hops}
   for title, rows in results.items():
-    table = rich.table.Table('rule', *_KINDS, title=title)
+    table = rich.table.Table('rule', *counting.KINDS, title=title)
     for label, found in rows.items():
       table.add_row(label, *(
           '{} ({:,} B)'.format(*found[k]) if k in found else '-'
-          for k in _KINDS))
+          for k in counting.KINDS))
     rich.console.Console(width=130).print(table)
   for label, row in results['pipeline'].items():
     print(f'{label}: {row["permutes_back"]} permutes back, {row["bytes"]:,} '

@@ -16,6 +16,7 @@ import sys
 
 from absl import flags
 import bpjax
+import counting
 from experiments import measurement
 import flax.linen as nn
 import jax
@@ -29,36 +30,6 @@ import timing
 _ROUNDS = flags.DEFINE_integer('rounds', 40, 'Rounds; the median is taken.')
 _OUTPUT = flags.DEFINE_string('output', None, 'A JSON file for the results.')
 _LAYERS, _WIDTH, _BATCH, _CLASSES = 4, 512, 128, 10
-
-
-def simulate(kind: str, stages: int, count: int, forward: float,
-             back: float) -> float:
-  """The time at which the last stage is done.
-
-  Args:
-    kind: 'backprop' (GPipe), 'direct' (an error for all) or 'local'.
-    stages: S.
-    count: M, the number of microbatches.
-    forward: of a microbatch through a stage.
-    back: the same of its backward pass.
-
-  Returns:
-    The time, in the unit of `forward`.
-  """
-  done = [[0.] * count for _ in range(stages)]
-  free = [0.] * stages
-  for m in range(count):
-    for s in range(stages):
-      ready = max(free[s], done[s - 1][m] if s else 0.)
-      free[s] = done[s][m] = ready + forward
-  if kind != 'backprop':
-    known = max(done[-1]) if kind == 'direct' else 0.
-    return max(max(own, known) + count * back for own in free)
-  for m in range(count):
-    ready = 0.
-    for s in reversed(range(stages)):
-      free[s] = ready = max(free[s], ready) + back
-  return max(free)
 
 
 class Stack(nn.Module):
@@ -119,7 +90,7 @@ def main(argv: list[str]) -> None:
   rows = []
   for stages in (2, 4, 8, 16, 32, 64):
     for count in (1, stages, 4 * stages):
-      ends = {k: simulate(k, stages, count, 1., b) for k, b in kinds.items()}
+      ends = {k: counting.simulate(k, stages, count, 1., b) for k, b in kinds.items()}
       ratio = ends['direct'] / ends['backprop']
       formula = (2 * count + stages - 1) / (3 * (count + stages - 1))
       rows.append({'stages': stages, 'microbatches': count, **ends,

@@ -36,25 +36,17 @@ from absl import flags
 from absl import logging
 import bpjax
 from experiments import measurement
-import jax
 import jax.numpy as jnp
-import optax
 
 # Before jax starts its threads.
 import timing
+import workloads
 
 _WORKLOADS = flags.DEFINE_list(
     'workloads', ['w1', 'w2', 'w3', 'w4'], 'Which to run.')
 _ROUNDS = flags.DEFINE_integer('rounds', 60, 'Rounds; the median is taken.')
 _OUTPUT = flags.DEFINE_string('output', None, 'A JSON file for the results.')
 
-_LOSS = bpjax.losses.softmax_cross_entropy
-_MODELS = {
-    'w1': ((256,) * 5, 'relu', 784),
-    'w2': ((800,) * 3, 'tanh', 3072),
-    'w3': None,  # ResNet-20.
-    'w4': None,  # `bert_encoder`.
-}
 # Rules that need layers with their nonlinearity, which ResNet-20 has none of.
 _TARGETS = (
     'difference_target_propagation', 'equilibrium_propagation',
@@ -66,9 +58,6 @@ _WHOLE = ('forward_forward', 'pepita', 'predictive_coding', 'spsa')
 # pass for each layer are minutes a round.
 _NOT_W3 = (*_TARGETS, *_WHOLE, 'weight_mirror', 'forward_gradient',
            'direct_difference_target_propagation')
-_DRAWS = ('difference_target_propagation',
-          'direct_difference_target_propagation', 'equilibrium_propagation',
-          'forward_forward', 'forward_gradient', 'spsa', 'target_propagation')
 _BIOTORCH = ('fa', 'dfa', 'usf')
 _RULES = {
     'backprop': {},
@@ -106,71 +95,6 @@ _W4 = {
         bpjax.rules.local_representation_alignment(), ()),
     'LG-FG-A': (bpjax.variant('LG-FG-A', grouped=False, placement='block'), ()),
 }
-
-
-def workload(name: str, units: str = 'affine'):
-  """The model, an input batch and labels."""
-  if name == 'w3':
-    x = jax.random.normal(jax.random.key(1), (32, 32, 32, 3))
-    return bpjax.models.resnet20(10), x, jnp.arange(32) % 10
-  if name == 'w4':
-    x = jax.random.randint(jax.random.key(1), (16, 64), 0, 1000)
-    model = bpjax.models.bert_encoder(
-        10, depth=4, width=256, vocabulary=1000, length=64, dropout=0.)
-    return model, x, jnp.arange(16) % 10
-  widths, activation, inputs = _MODELS[name]
-  model = bpjax.models.mlp(
-      10, widths=widths, activation=activation, units=units)
-  x = jax.random.normal(jax.random.key(1), (128, inputs))
-  return model, x, jnp.arange(128) % 10
-
-
-def plain_step(model, x, y):
-  """(step, first carry) of jax.value_and_grad and SGD."""
-  tx = optax.sgd(.01)
-  own = dict(model.init(jax.random.key(0), x))
-  params = own.pop('params')
-
-  def step(carry):
-    params, own, state, key = carry
-
-    def loss(params):
-      output, new = model.apply(
-          {'params': params, **own}, x, train=True, mutable=list(own))
-      return _LOSS(output, y).mean(), new
-
-    (value, own), grads = jax.value_and_grad(loss, has_aux=True)(params)
-    updates, state = tx.update(grads, state, params)
-    return (optax.apply_updates(params, updates), own, state, key), value
-
-  return step, (params, own, tx.init(params), jax.random.key(5))
-
-
-def rule_step(model, x, y, rule, boundaries=()):
-  """The same of a rule; fixed feedback is an argument beside the carry."""
-  tx = optax.sgd(.01)
-  net = bpjax.from_linen(model, boundaries=boundaries)
-  variables = net.init(jax.random.key(0), x)
-  feedback = rule.init(jax.random.key(2), net, variables, x)
-  learn = rule.value_and_grad(net, _LOSS)
-  free = all(jax.tree.leaves(rule.trainable(feedback)))
-  own = dict(variables)
-  learned = (own.pop('params'), feedback if free else {})
-
-  def step(carry):
-    (params, trained), own, state, key = carry
-    now = key
-    if rule.name.removeprefix('local_') in _DRAWS:
-      key, now = jax.random.split(key)
-    (value, aux), (grads, feedback_grads) = learn(
-        {'params': params, **own}, trained if free else feedback, x, y, key=now)
-    grads = (grads, feedback_grads if free else {})
-    updates, state = tx.update(grads, state, (params, trained))
-    learned = optax.apply_updates((params, trained), updates)
-    own = {c: aux.model_state[c] for c in own}
-    return (learned, own, state, key), value
-
-  return step, (learned, own, tx.init(learned), jax.random.key(5))
 
 
 class Torch:
@@ -215,7 +139,7 @@ def _torch_model(torch, name):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.resnet20()
-  widths, activation, inputs = _MODELS[name]
+  widths, activation, inputs = workloads.MODELS[name]
   layers = []
   for width in widths:
     layers += [torch.nn.Linear(inputs, width), {
@@ -236,27 +160,29 @@ def _reference(name, step):
 
 
 def _ours(model, x, y, rule, boundaries=()):
-  return timing.Compiled(*rule_step(model, x, y, rule, boundaries))
+  return timing.Compiled(*workloads.rule_step(model, x, y, rule, boundaries))
 
 
 def main(argv: list[str]) -> None:
   logging.set_verbosity(logging.ERROR)  # jax looks for accelerators aloud.
-  unknown = set(_WORKLOADS.value) - set(_MODELS)
+  known = [name for name in workloads.MODELS if name != 'mlp']
+  unknown = set(_WORKLOADS.value) - set(known)
   if unknown:
     print(f'error: unknown workload {sorted(unknown)[0]!r}; known: '
-          f'{", ".join(_MODELS)}', file=sys.stderr)
+          f'{", ".join(known)}', file=sys.stderr)
     sys.exit(2)
   results = {}
   if not has_biotorch():
     print('without BioTorch, which is not installed; see --help')
   for name in _WORKLOADS.value:
-    model, x, y = workload(name)
-    steps = {'plain': lambda: timing.Compiled(*plain_step(model, x, y))}  # pylint: disable=cell-var-from-loop
+    model, x, y = workloads.workload(name)
+    steps = {'plain': lambda: timing.Compiled(
+        *workloads.plain_step(model, x, y))}  # pylint: disable=cell-var-from-loop
     for label, arguments in _RULES.items():
       kind = label.split()[0]
       if kind in _NOT_W3 and name in ('w3', 'w4'):
         continue
-      chosen = workload(name, 'layer')[0] if kind in _TARGETS else model
+      chosen = workloads.workload(name, 'layer')[0] if kind in _TARGETS else model
       rule = bpjax.rules.get(kind)(**arguments)
       steps[label] = functools.partial(_ours, chosen, x, y, rule)
     for label, (rule, boundaries) in _W4.items() if name == 'w4' else ():

@@ -115,17 +115,25 @@ def _run(piped, loss, tx, stages, total, params, feedback, state, x, y):
       losses, error, _ = credit.settled(loss, labels, left.out)
       return jnp.sum(losses), left.pull(error, error)[:2]
 
+    def begin(pull):
+      *own, message = pull()
+      return tuple(own), entered.pull(message, _zeros(out))[:2]
+
+    def only_own(pull):
+      return pull()[:2], _zeros(jax.eval_shape(lambda: begin(pull))[1])
+
     value, lasts = _only_where(is_last, end)
-    grads, message = [], None
+    grads, firsts = [], None
     for j, run in enumerate(runs):
       head = jax.tree.map(lambda a: a[j], held[1]['heads'])  # pylint: disable=cell-var-from-loop
       message, error, head = piped._own_error(loss, head, run.out, labels, size)
-      *own, message = run.pull(message, error)
+      pull = functools.partial(run.pull, message, error)
+      if j == 0:  # What comes before the blocks learns with the first of all.
+        own, firsts = jax.lax.cond(
+            is_first, lambda: begin(pull), lambda: only_own(pull))  # pylint: disable=cell-var-from-loop
+      else:
+        own = pull()[:2]
       grads.append((*own, head))
-      if j == 0:
-        begun = message  # What comes before the blocks learns with the first.
-    firsts = _only_where(is_first, lambda: entered.pull(
-        begun, jnp.zeros(out.shape, out.dtype))[:2])
     blocks, blocks_held, heads = jax.tree.map(lambda *a: jnp.stack(a), *grads)
     heads = jax.tree.map(lambda g: piped.rule.head_scale * g, heads)
     firsts, lasts = jax.tree.map(lambda a: a[None], (firsts, lasts))
@@ -135,7 +143,7 @@ def _run(piped, loss, tx, stages, total, params, feedback, state, x, y):
          'heads': heads})
 
   def outputs(held):
-    _, runs = advance(held, jnp.zeros(hop.shape, hop.dtype), 0)
+    _, runs = advance(held, _zeros(hop), 0)
     left = last.vjp(
         piped, *around(held, 'last'), runs[-1].out, read(0)[1])
     return left.out, credit.settled(loss, read(0)[1], left.out)[0]
@@ -144,6 +152,9 @@ def _run(piped, loss, tx, stages, total, params, feedback, state, x, y):
   hop = jax.eval_shape(lambda held: enter(held, 0).out, held)
   out, losses = jax.eval_shape(outputs, held)
   size = losses.size
+  # Of what no rule learns, the keys of feedback say, gradients have other dtypes.
+  grads = jax.eval_shape(
+      lambda held: answer(held, *advance(held, _zeros(hop), 0), 0)[1], held)
 
   def learn(held, state, grads):
     """The optimiser's step, of what this stage holds alone."""
@@ -183,10 +194,9 @@ def _run(piped, loss, tx, stages, total, params, feedback, state, x, y):
         lambda: (held, state, summed, jnp.zeros((), losses.dtype)))
     return (*carry, received), value
 
-  summed = () if count == 1 else jax.tree.map(jnp.zeros_like, held)
+  summed = () if count == 1 else _zeros(grads)
   (held, state, _, _), values = jax.lax.scan(
-      tick, (held, state, summed, jnp.zeros(hop.shape, hop.dtype)),
-      jnp.arange(number + stages - 1))
+      tick, (held, state, summed, _zeros(hop)), jnp.arange(number + stages - 1))
   values = values[stages - 1:].reshape(total, count).sum(1) / (count * size)
   return jnp.where(is_last, values, 0)[None], (*held, state)
 
@@ -194,8 +204,11 @@ def _run(piped, loss, tx, stages, total, params, feedback, state, x, y):
 def _only_where(here, function):
   """What a function returns, or zeros, without its computation."""
   shapes = jax.eval_shape(function)
-  return jax.lax.cond(here, function, lambda: jax.tree.map(
-      lambda a: jnp.zeros(a.shape, a.dtype), shapes))
+  return jax.lax.cond(here, function, lambda: _zeros(shapes))
+
+
+def _zeros(shapes):
+  return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
 
 
 def _learning(piped, params, feedback):

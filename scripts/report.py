@@ -318,6 +318,17 @@ def step_times(*files: str) -> str:
        for name in dict.fromkeys(names)])
 
 
+def accelerator_times(file: str) -> str:
+  """Step times on an accelerator, or one sentence that there are none."""
+  held = read(file)
+  if not held['step_times']:
+    return ('No accelerator was at hand: the step times that this script takes on a '
+            'GPU, in float32 and bfloat16, are not known yet.')
+  return f'Step times on {held["accelerator"]}:\n\n' + rows(
+      file, 'step_times', 'workload', 'rule', 'dtype', 'gflop:.2f',
+      'milliseconds:.3f', 'ratio:.2f', 'of_peak:.1%')
+
+
 def compile_times(file: str) -> str:
   """Seconds of tracing, lowering, compiling and drawing feedback."""
   parts = ('trace', 'lower', 'compile', 'init')
@@ -505,6 +516,7 @@ def leaderboard_cards() -> str:
 
 
 FUNCTIONS: dict[str, Callable[..., str]] = {
+    'accelerator_times': accelerator_times,
     'averages': averages,
     'checks': checks,
     'claims': claims,

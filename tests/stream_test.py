@@ -13,7 +13,7 @@ import optax
 from tests import pipeline_test
 
 _LOSS = bpjax.losses.softmax_cross_entropy
-_BLOCKS = ['block_*']
+_BLOCKS, _RULES = ['block_*'], bpjax.rules
 _STEPS, _BATCH, _CLASSES, _WIDTH = 4, 8, 3, 6
 
 
@@ -72,12 +72,15 @@ class StepsTest(parameterized.TestCase):
       np.testing.assert_allclose(p, q, rtol=0, atol=tolerance)
 
   @parameterized.parameters(
-      (8, 2, 'backprop', pipeline_test.Chain, optax.adam(1e-2, eps=1e-2)),
-      (4, 1, 'backprop', pipeline_test.Chain, optax.adamw(1e-2, eps=1e-2)),
-      (2, 4, 'direct_feedback_alignment', Bare, optax.adam(1e-2, eps=1e-2)),
-      (1, 2, 'kolen_pollack', Bare, optax.sgd(.1, momentum=.9)))
-  def test_equals_steps_in_turn(self, stages, microbatches, name, model, tx):
-    rule = bpjax.local(getattr(bpjax.rules, name)(), _BLOCKS, head_scale=2.)
+      (8, 2, _RULES.backprop(), pipeline_test.Chain,
+       optax.adam(1e-2, eps=1e-2)),
+      (4, 1, _RULES.backprop(), pipeline_test.Chain,
+       optax.adamw(1e-2, eps=1e-2)),
+      (2, 4, _RULES.direct_feedback_alignment(stored=False), Bare,
+       optax.adam(1e-2, eps=1e-2)),
+      (1, 2, _RULES.kolen_pollack(), Bare, optax.sgd(.1, momentum=.9)))
+  def test_equals_steps_in_turn(self, stages, microbatches, rule, model, tx):
+    rule = bpjax.local(rule, _BLOCKS, head_scale=2.)
     net, variables, x, y, piped = _piped(rule, microbatches, model)
     feedback = rule.init(jax.random.key(2), net, variables, x[0])
     values, params, trained = _in_turn(
@@ -112,8 +115,8 @@ class StepsTest(parameterized.TestCase):
         text, r' (all-reduce|all-gather|all-to-all|reduce-scatter)(-start)?\(')
 
   @parameterized.parameters(
-      ({'rule': bpjax.rules.backprop()}, 'needs local losses, since under'),
-      ({'rule': bpjax.rules.direct_feedback_alignment()},
+      ({'rule': _RULES.backprop()}, 'needs local losses, since under'),
+      ({'rule': _RULES.direct_feedback_alignment()},
        "`bpjax.local.rule, blocks.`, or `value_and_grad`"),
       ({'tx': 1e-3}, '`tx` must be an optax transformation'),
       ({'tx': optax.chain(optax.clip_by_global_norm(1.), optax.sgd(.1))},
@@ -124,7 +127,7 @@ class StepsTest(parameterized.TestCase):
       ({'init': False}, 'call `init` first'))
   def test_refuses(self, given, message):
     given = {
-        'rule': bpjax.local(bpjax.rules.backprop(), _BLOCKS), 'microbatches': 2,
+        'rule': bpjax.local(_RULES.backprop(), _BLOCKS), 'microbatches': 2,
         'tx': optax.sgd(.1), 'steps': slice(None), 'init': True, **given}
     _, variables, x, y, piped = _piped(given['rule'], given['microbatches'])
     y = given.get('y', y)

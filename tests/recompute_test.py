@@ -23,6 +23,10 @@ class Rectified(nn.Module):
     return nn.Dense(3)(x)
 
 
+def _blocks(depth):
+  return [f'Dense_{i}' for i in range(depth)]
+
+
 class RecomputeTest(parameterized.TestCase):
 
   @parameterized.parameters(
@@ -59,6 +63,50 @@ class RecomputeTest(parameterized.TestCase):
 
     again = growth(bpjax.rules.forward_gradient(recompute=True))
     self.assertLess(again, .5 * growth(bpjax.rules.backprop()))
+
+  @parameterized.parameters(
+      {}, {'directions': 'rademacher', 'samples': 2}, {'perturb': 'weight'})
+  def test_the_same_updates_of_local_losses(self, **arguments):
+    model, x, y = zoo.inputs('plain')
+    net = bpjax.from_linen(model)
+    variables = jax.jit(net.init)(jax.random.key(0), x)
+    found = []
+    for recompute in (False, True):
+      rule = bpjax.local(bpjax.rules.forward_gradient(
+          recompute=recompute, **arguments), _blocks(2), head_scale=2.)
+      feedback = rule.init(jax.random.key(1), net, variables, x)
+      found.append(zoo.learn(rule, net)(
+          variables, feedback, x, y, key=jax.random.key(3)))
+    self.assertGreater(max(
+        jnp.abs(g).max() for g in jax.tree.leaves(found[0][1][1]['heads'])), .01)
+    jax.tree.map(
+        lambda p, q: np.testing.assert_allclose(p, q, atol=1e-6, rtol=1e-5),
+        *found)
+
+  def test_memory_of_local_losses_does_not_grow_with_depth(self):
+    x, y = jnp.ones((256, 32)), jnp.arange(256) % 4
+
+    def memory(rule, depth):
+      net = bpjax.from_linen(zoo.Plain(widths=(32,) * depth))
+      variables = jax.eval_shape(net.init, jax.random.key(0), x)
+      feedback = jax.eval_shape(
+          lambda key: rule.init(key, net, variables, x), jax.random.key(1))
+      learn = rule.value_and_grad(net, _LOSS)
+
+      def step(variables, feedback, key):  # In the memory of its parameters.
+        _, (grads, _) = learn(variables, feedback, x, y, key=key)
+        return {'params': jax.tree.map(
+            lambda p, g: p - .1 * g, variables['params'], grads)}
+
+      return jax.jit(step, donate_argnums=0).lower(
+          variables, feedback, jax.random.key(1)
+      ).compile().memory_analysis().temp_size_in_bytes
+
+    own = bpjax.rules.forward_gradient(recompute=True)
+    again = memory(bpjax.local(own, _blocks(12)), 12) - memory(
+        bpjax.local(own, _blocks(4)), 4)
+    whole = bpjax.rules.backprop()
+    self.assertLess(again, .1 * (memory(whole, 12) - memory(whole, 4)))
 
   @parameterized.parameters(
       {'epsilon': 1e-3}, {'directions': 'orthogonal'})

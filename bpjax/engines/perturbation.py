@@ -224,8 +224,11 @@ class Rule(engine.Base):
     names = paths.leaf_names(plan.noise)
 
     def sample(key):
-      draws, v = plan.apart(key, active)
-      change = judge.locate(plan.pushed(draws, v, net, judge.measure))
+      # After all that the first pass reads: parameters may be overwritten then,
+      # where XLA would copy them.
+      draws, v = plan.apart(_after(losses, key), active)
+      # The errors of the first pass would be kept for all blocks until here.
+      change = judge.afresh(*plan.pushed(draws, v, net, judge.measure))
       draws, v = plan.apart(_after(change, key), active)
       teach = lambda name, wait: judge.taught(
           plan, draws[name](wait), plan.reached_by[name], change)
@@ -432,7 +435,7 @@ class Plan:
     return function if self._custom else forward
 
   def pushed(self, draws, v, net, measure):
-    """The derivative of `measure(output)` along what is drawn at each place."""
+    """`measure(output)` and its derivative along what is drawn at each place."""
     inside = {n: draw(None) for n, draw in draws.items() if n in self.looped}
 
     def forward(step, noise, perturbed):
@@ -443,7 +446,7 @@ class Plan:
     return jax.jvp(
         lambda *moved: function(*moved)[0],
         (jnp.zeros(()), jax.tree.map(jnp.zeros_like, inside), self.perturbed),
-        (jnp.ones(()), inside, v))[1]
+        (jnp.ones(()), inside, v))
 
   def run(self, perturbed, noise, net, step=None, draws=()):
     """The model's output, its state, and what is active.

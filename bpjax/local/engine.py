@@ -463,7 +463,7 @@ class Losses(located.Judge):
     reduction_lib.check_losses(losses, output)
     error, = pull(jnp.full_like(losses, self._share))
     errors = {n: jnp.zeros_like(h) for n, h in outputs['blocks'].items()}
-    own = {view_lib.LAST: error}
+    own, self.heads = {view_lib.LAST: error}, {}
     for name, head in self._params.items():
       prediction, pull_head = jax.vjp(
           lambda head, h: self._local.loss.predict(head, self.flat(h)), head,

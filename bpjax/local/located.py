@@ -9,6 +9,7 @@ copy of the loss is made.
 from __future__ import annotations
 
 from collections.abc import Callable
+import copy
 import math
 from typing import Any
 
@@ -98,6 +99,12 @@ class Judge:
       if _is_float(e):
         result[f'{OUTPUT}{i}'] = _rows(e * c.astype(e.dtype))
     return result
+
+  def afresh(self, measured: Any, change: Any) -> dict[str, base.Array]:
+    """As `locate`, with errors that are computed from `measured` once more."""
+    own = copy.copy(self)
+    own.settle(measured)
+    return own.locate(change)
 
   def _product(self, error, change):
     """Over the entries of a block's output that one loss is about."""

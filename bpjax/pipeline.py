@@ -60,7 +60,8 @@ def pipeline(
     A `Pipeline`.
 
   Raises:
-    ValueError: for another rule; when the network is known, for blocks that
+    ValueError: for another rule, and for several microbatches with a local loss
+      in which examples meet; when the network is known, for blocks that
       are not equal or not a chain, for a state (BatchNorm) or random numbers
       (dropout) in the model, and for sizes that do not divide.
 
@@ -92,6 +93,12 @@ def pipeline(
     raise ValueError(
         "local losses of a pipeline need stop='output', stop_every=1, "
         "readout='detached' and grouped=False: each stage learns alone.")
+  if own is not rule and microbatches > 1 and rule.loss.differentiable_only:
+    # Of a part of the batch it would be another loss, without a word.
+    raise ValueError(
+        f'`microbatches` must be 1 with the {rule.loss.name} loss, in which '
+        f'examples have a part in the losses of others, got {microbatches}; use '
+        'bpjax.local_losses.prediction() with more.')
   if own.stochastic or own.counts or own.advance is not None:
     raise ValueError(
         f'`rule` of a pipeline must keep nothing but feedback and draw nothing, '

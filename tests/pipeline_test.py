@@ -115,6 +115,14 @@ class PipelineTest(float64.Float64TestCase):
     with self.assertRaisesRegex(ValueError, 'of the credit engine'):
       bpjax.pipeline(_RULES.forward_gradient(), net, blocks=['block_*'])
 
+  def test_refuses_parts_of_a_batch_whose_examples_meet(self):
+    net = bpjax.from_linen(Chain())
+    rule = bpjax.local(_RULES.backprop(), ['block_*'],
+                       loss=bpjax.local_losses.similarity(_CLASSES))
+    bpjax.pipeline(rule, net, blocks=['block_*'])
+    with self.assertRaisesRegex(ValueError, 'must be 1 with the similarity'):
+      bpjax.pipeline(rule, net, blocks=['block_*'], microbatches=2)
+
 
 if __name__ == '__main__':
   absltest.main()

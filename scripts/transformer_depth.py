@@ -6,7 +6,7 @@
 
 A post-norm encoder in the manner of BERT, trained from scratch: width 64, four
 heads, AdamW with a cosine, a WordPiece vocabulary of 8,192 (or the tokens of a
-generated task). Data sets: `sst2` (one epoch), `sick` (eight), `listops` (eight),
+generated task). Data sets: `sst2` (one epoch), `sick` (eight), `listops` (twelve),
 `mnli` (GLUE's, one epoch, where it is prepared), and `recall`, associative recall,
 with a causal decoder (pre-norm, three epochs). --depths=12 is there as well. Data
 that are not generated are read from TFDS_DATA_DIR.

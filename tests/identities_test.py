@@ -41,7 +41,7 @@ class BackpropTest(float64.Float64TestCase):
           {**variables, 'params': params}, x, mutable=['batch_stats'], **kwargs)
       return LOSS(output, y).mean()
 
-    value, exact = jax.value_and_grad(mean_loss)(variables['params'])
+    value, exact = jax.jit(jax.value_and_grad(mean_loss))(variables['params'])
     learn = bpjax.rules.backprop().value_and_grad(net, LOSS)
     (got, _), (grads, _) = jax.jit(learn)(variables, {}, x, y)
     self.assertAlmostEqual(got, value, 12)
@@ -219,7 +219,7 @@ class DirectFeedbackTest(float64.Float64TestCase):
       return learn({'params': params}, feedback, x, error)[1][0]['Dense_0']
 
     later = {k: variables['params'][k] for k in ('Dense_1', 'Dense_2')}
-    for leaf in jax.tree.leaves(jax.jacfwd(first_layer)(later)):
+    for leaf in jax.tree.leaves(jax.jit(jax.jacfwd(first_layer))(later)):
       self.assertEqual(jnp.abs(leaf).max(), 0)
 
   def test_product_of_the_weights_is_backprop_in_a_linear_net(self):

@@ -120,9 +120,15 @@ class ContractTest(parameterized.TestCase):
     for name in zoo.BARE:
       rule = bpjax.rules.get(name)()
       feedback = rule.init(jax.random.key(1), net, variables, x)
-      (_, aux), _ = rule.value_and_grad(net, LOSS)(
-          variables, feedback, x, y, key=jax.random.key(2))
-      self.assertIs(aux.feedback, feedback)
+      learn, same = rule.value_and_grad(net, LOSS), []
+
+      def step(feedback, key):
+        (_, aux), _ = learn(variables, feedback, x, y, key=key)  # pylint: disable=cell-var-from-loop
+        same.append(aux.feedback is feedback)  # pylint: disable=cell-var-from-loop
+        return aux.output
+
+      jax.eval_shape(step, feedback, jax.random.key(2))
+      self.assertEqual(same, [True], name)
 
   @parameterized.parameters(*zoo.BARE)
   def test_batch_statistics_and_dropout_pass_through(self, name):

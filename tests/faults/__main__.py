@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import datetime
 import json
 import multiprocessing
 import os
@@ -55,9 +56,12 @@ def main() -> int:
         f'{cores:.0f} s of a core; after a signal the longest command took '
         f'{max(stopped, default=0):.2f} s')
   if arguments.output:
+    from experiments import measurement  # It uses JAX: after all forks.
     with open(arguments.output, 'w', encoding='utf-8') as file:
       json.dump({
           'command': ' '.join(['python -m tests.faults', *sys.argv[1:]]),
+          'machine': measurement.machine(),
+          'date': datetime.date.today().isoformat(),
           'faults': len(outcomes), 'seconds_of_a_core': round(cores),
           'total': total, 'table': table,
           'seconds_after_a_signal': {

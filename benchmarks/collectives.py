@@ -31,7 +31,6 @@ from bpjax.train.loop import devices
 import counting
 import encoder
 from experiments import measurement
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import rich.console
@@ -46,25 +45,6 @@ _OF_ENCODERS = (
     'backprop', 'feedback_alignment', 'feedback_alignment stored=False',
     'direct_feedback_alignment', 'direct_feedback_alignment stored=False',
     'kolen_pollack')
-
-
-class Block(nn.Module):
-
-  @nn.compact
-  def __call__(self, x):
-    return nn.tanh(nn.Dense(_WIDTH)(x))
-
-
-class Chain(nn.Module):
-  """A first layer, blocks and a readout."""
-  blocks: int
-
-  @nn.compact
-  def __call__(self, x):
-    x = nn.tanh(nn.Dense(_WIDTH)(x))
-    for i in range(self.blocks):
-      x = Block(name=f'block_{i}')(x)
-    return nn.Dense(_CLASSES)(x)
 
 
 def rules() -> dict:
@@ -97,7 +77,8 @@ def sharded(rule, model: int, preset: str | None = None) -> dict:
     preset: of the encoder's `sharding`, '' for none; None: the MLP.
   """
   if preset is None:
-    net, x = bpjax.from_linen(Chain(3)), jnp.ones((_BATCH, _WIDTH))
+    net = bpjax.from_linen(counting.Chain(3, _WIDTH, _CLASSES))
+    x = jnp.ones((_BATCH, _WIDTH))
     y = jnp.arange(_BATCH) % _CLASSES
   else:
     net = bpjax.from_linen(encoder.Encoder(2, 64, 4))
@@ -137,7 +118,8 @@ def sharded(rule, model: int, preset: str | None = None) -> dict:
 
 def piped(rule, boundaries) -> dict[str, tuple[int, int]]:
   """Those of a step of the pipeline."""
-  net = bpjax.from_linen(Chain(_STAGES), boundaries=boundaries)
+  net = bpjax.from_linen(
+      counting.Chain(_STAGES, _WIDTH, _CLASSES), boundaries=boundaries)
   x, y = jnp.ones((_BATCH, _WIDTH)), jnp.arange(_BATCH) % _CLASSES
   variables = net.init(jax.random.key(0), x)
   pipeline = bpjax.pipeline(

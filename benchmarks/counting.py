@@ -5,9 +5,37 @@ from __future__ import annotations
 import collections
 import re
 
+import flax.linen as nn
+
 KINDS = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all',
          'collective-permute')
 _SIZES = {'f64': 8, 'f32': 4, 's32': 4, 'u32': 4, 'bf16': 2, 'pred': 1}
+
+
+class Block(nn.Module):
+  layers: int
+  width: int
+
+  @nn.compact
+  def __call__(self, x):
+    for _ in range(self.layers):
+      x = nn.tanh(nn.Dense(self.width)(x))
+    return x
+
+
+class Chain(nn.Module):
+  """A first layer, blocks and a readout."""
+  blocks: int
+  width: int
+  classes: int
+  layers: int = 1
+
+  @nn.compact
+  def __call__(self, x):
+    x = nn.tanh(nn.Dense(self.width)(x))
+    for i in range(self.blocks):
+      x = Block(self.layers, self.width, name=f'block_{i}')(x)
+    return nn.Dense(self.classes)(x)
 
 
 def collectives(text: str) -> dict[str, tuple[int, int]]:

@@ -40,7 +40,6 @@ from absl import logging
 import bpjax
 import counting
 from experiments import measurement
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -62,27 +61,6 @@ _DTYPES = ('float32', 'bfloat16')
 _LAYERS = ('recursive_local_representation_alignment',)
 
 
-class Block(nn.Module):
-
-  @nn.compact
-  def __call__(self, x):
-    for _ in range(2):
-      x = nn.tanh(nn.Dense(_WIDTH)(x))
-    return x
-
-
-class Chain(nn.Module):
-  """A first layer, blocks and a readout."""
-  blocks: int
-
-  @nn.compact
-  def __call__(self, x):
-    x = nn.tanh(nn.Dense(_WIDTH)(x))
-    for i in range(self.blocks):
-      x = Block(name=f'block_{i}')(x)
-    return nn.Dense(_CLASSES)(x)
-
-
 def rules() -> dict:
   """Label -> (rule, boundaries, kind of schedule)."""
   own = bpjax.rules
@@ -99,7 +77,8 @@ def rules() -> dict:
 
 
 def _setup(rule, boundaries, depth):
-  net = bpjax.from_linen(Chain(depth), boundaries=boundaries)
+  net = bpjax.from_linen(
+      counting.Chain(depth, _WIDTH, _CLASSES, layers=2), boundaries=boundaries)
   x, y = jnp.ones((_BATCH, _INPUTS)), jnp.arange(_BATCH) % _CLASSES
   return net, net.init(jax.random.key(0), x), x, y
 

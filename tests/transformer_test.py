@@ -342,7 +342,8 @@ _KINDS = {
         'LG-FG-A', grouped=False, placement='block'), ()),
 }
 # Their draws have the shape of the input, or the number of its tokens.
-_DRAW = {'forward_gradient', 'weight_mirror', 'LG-FG-A'}
+_DRAW = {'forward_gradient', 'weight_mirror', 'LG-FG-A',
+         'direct_difference_target_propagation'}
 # Its error of a sentence has a matrix for every position.
 _BY_POSITION = {'recursive_local_representation_alignment'}
 

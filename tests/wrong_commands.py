@@ -136,11 +136,11 @@ _FIELDS = {
     'mesh.学': [('1', 'mesh')], 'mesh.model': [('3', 'mesh'), ('0', 'mesh.model'), ('x', 'mesh.model')],
     'mesh.data': [('-2', 'mesh.data')],
     'model_args.dtype': [('float7', 'dtype'), ('1', 'dtype')],
-    'model_args.widths': [('(0,)', 'widths'), ('(None,)', 'widths'), ("('a',)", 'widths'), ('()x', 'widths')],
+    'model_args.widths': [('(1e300,)', 'must be whole'), ('(0,)', 'widths'), ('(None,)', 'widths'), ("('a',)", 'widths'), ('()x', 'widths')],
     'model_args.activation': [('relo', 'relu'), ('1', 'activation')],
     'model_args.width': [('3', 'did you mean `widths`')],
     'model_args.dropout': [('1', 'dropout'), ('nan', 'dropout'), ('a', 'dropout')],
-    'model_args.num_classes': [('5', 'below the 5 outputs'), ('-1', 'num_classes')],
+    'model_args.num_classes': [('1e+300', 'must be whole'), ('5', 'below the 5 outputs'), ('-1', 'num_classes')],
     'rule.scale': [('1', 'fields of their own')], 'rule_args.a.b': [('1', 'one level deep')],
     'lerning_rate': [('1', 'did you mean `learning_rate`')],
 }

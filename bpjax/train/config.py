@@ -200,8 +200,11 @@ def checked(
           'experiments/configs/plain.py.')
     example = known[name].default
     # Some are True, False or a name.
-    named = isinstance(value, str) and 'str' in re.findall(
-        r'\w+', str(known[name].annotation))
+    kinds = re.findall(r'\w+', str(known[name].annotation))
+    named = isinstance(value, str) and 'str' in kinds
+    if 'int' in kinds and 'float' not in kinds and _holds_float(value):
+      raise ValueError(
+          f'`{field}.{name}` must be whole, got {fields_lib.shown(value)}.')
     if not named and not _same_kind(value, example):
       raise ValueError(
           f'`{field}.{name}` must be of the kind of its default, {example!r}, '
@@ -222,6 +225,12 @@ def parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
   found = dict(inspect.signature(function.__init__).parameters)
   found.pop('self', None)
   return found
+
+
+def _holds_float(value):
+  if isinstance(value, (tuple, list)):
+    return any(map(_holds_float, value))
+  return isinstance(value, float)
 
 
 def _same_kind(value, example):

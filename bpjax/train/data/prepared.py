@@ -8,6 +8,7 @@ itself would try the network for minutes before it says that a set is missing.
 
 from collections.abc import Iterator, Mapping, Sequence
 import difflib
+import errno
 import hashlib
 import importlib
 import io
@@ -280,10 +281,15 @@ def find(
     {'train': 60000, 'test': 10000}
   """
   path, version = split_name(name)
-  infos = [
-      info for info in (directory / path).glob('*/dataset_info.json')
-      if _VERSION.fullmatch(info.parent.name)
-      and version in (None, info.parent.name)]
+  try:
+    infos = [
+        info for info in (directory / path).glob('*/dataset_info.json')
+        if _VERSION.fullmatch(info.parent.name)
+        and version in (None, info.parent.name)]
+  except OSError as error:
+    if error.errno != errno.ENAMETOOLONG:
+      raise
+    infos = []  # No folder has such a name.
   if not infos:
     return None
   folder = max(infos, key=lambda info: version_key(info.parent.name)).parent

@@ -618,7 +618,7 @@ class RefusedTest(parameterized.TestCase):
           'rule': 'LG-BP', 'augment': 'contrastive', 'augment_args.area': '2.'},
        '`area` must be'),
       ('augment_padding',
-       {'augment': 'crop_flip', 'augment_args.padding': '.5'}, '`padding`'),
+       {'augment': 'crop_flip', 'augment_args.padding': '.5'}, 'padding` must be whole'),
       ('augment_args', {'augment_args.padding': '2'}, '`augment_args` needs'),
       ('augment_rule', {'augment': 'contrastive'}, 'with a rule that learns'),
       ('augment_last', {'augment': 'contrastive', 'rule': 'FA'},

@@ -585,24 +585,24 @@ class _Piece(network.Network):
         rule.visit, infos=self._told, shared={}, told=(y, None, None))
 
     def forward(params, feedback, x):
-      out, state = seen.run(
-          {'params': around(params), base.FEEDBACK: around(feedback)}, x, visit,
-          None, [base.PORTS])
-      return out, state[base.PORTS]
+      out, state = seen.run({
+          'params': around(params), base.FEEDBACK: around(feedback),
+          base.TOKENS: rule.tokens(self._told)}, x, visit, None, [base.TOKENS])
+      return out, state[base.TOKENS]
 
-    (out, ports), pull = jax.vjp(forward, params, feedback, x)
-    return _Run(out, ports, pull)
+    (out, tokens), pull = jax.vjp(forward, params, feedback, x)
+    return _Run(out, tokens, pull)
 
 
 class _Run:
   """What a piece puts out, and its derivative."""
 
-  def __init__(self, out, ports, pull):
-    self.out, self._ports, self._pull = out, ports, pull
+  def __init__(self, out, tokens, pull):
+    self.out, self._tokens, self._pull = out, tokens, pull
 
   def pull(self, message, error):
     """Updates of parameters and feedback, and the message to the input."""
-    grads = self._pull((message, jax.tree.map(lambda _: error, self._ports)))
+    grads = self._pull((message, jax.tree.map(lambda _: error, self._tokens)))
     return jax.tree.map(
         lambda g: g if g.dtype != jax.dtypes.float0
         else jnp.zeros(g.shape), grads)
@@ -612,7 +612,7 @@ class _Kept:
   """What the runs of all ticks have kept, to be read by number."""
 
   def __init__(self, ticks):
-    flat = [jax.tree.flatten([(r.out, r._ports, r._pull) for r in runs])
+    flat = [jax.tree.flatten([(r.out, r._tokens, r._pull) for r in runs])
             for runs in ticks]
     self._structure = flat[0][1]
     self._leaves = [

@@ -423,10 +423,7 @@ class Rule:
             f'{name}/readout_0': zeros_like_output(survey.units[name].info.pre)
             for name in readouts})
     infos = self._told(survey.units.infos)
-    tokens = {
-        info.block: zeros_like_output(info.net_output)
-        for name, info in infos.items()
-        if self.rule_for(name)[1].port(info) == 'output'}
+    tokens = self.tokens(infos)
     visit = functools.partial(
         self.visit, infos=infos, shared=shared,
         divisor=lambda unit: reduction_lib.divisor(reduction, unit, count),
@@ -480,6 +477,13 @@ class Rule:
         tuple(grads), (params, feedback, probes))
     aux = base.Aux(output, state, self._advanced(given, survey))
     return jnp.mean(losses), aux, grads, count
+
+  def tokens(self, infos: Mapping[str, base.UnitInfo]) -> dict[str, base.Array]:
+    """Block -> the zero that brings the error of its output to the units' ports."""
+    return {
+        info.block: zeros_like_output(info.net_output)
+        for name, info in infos.items()
+        if self.rule_for(name)[1].port(info) == 'output'}
 
   def _advanced(self, feedback, survey):
     """The feedback that the next step's updates are added to."""
@@ -564,17 +568,14 @@ class Rule:
       feedback = shared.get(label)
     key = call.key() if rule.stochastic else None
     source = rule.port(info)
-    read = (None if source is None else info.net_output if source == 'output'
-            else infos[source].out)
     token = call.token(info.block) if source == 'output' else None
-    out, port = _wrap(
-        call.unit, info, rule, read, source == 'output',
-        divisor(call.name))(
+    read = None if source in (None, 'output') else infos[source].out
+    out, port = _wrap(call.unit, info, rule, read, divisor(call.name))(
         call.params, feedback, call.taught_inputs(), key,
         tap, call.read(base.TAPS, 'readout'), token, told)
     if token is not None:
       call.hand_on(info.block, port)
-    elif port is not None:
+    elif read is not None:
       call.write(base.PORTS, port, 'port')
     return out if probe is None else out + probe
 
@@ -652,20 +653,18 @@ def _passes_on(info, rule):
   return info.kind == base.BOUNDARY and rule.port(info) is None
 
 
-def _wrap(unit, info, rule, read, from_output, divisor):
+def _wrap(unit, info, rule, read, divisor):
   """The unit as a function with the rule for its derivative.
 
-  `read` has the shape of the error that the unit's port reads, if any;
-  `from_output` says whether that is the model's own (or its block's). That one
-  comes with the token, which is handed on, or without one by a port.
+  `read` has the shape of the error of another unit that this one's port reads, if
+  any; that of the output, or of the block's, comes with the token, which is handed
+  on.
   """
   unit.info = info
 
   def primal(params, inputs, token):
     pre, out = unit(params, inputs)
-    port = None if read is None else (
-        zeros_like_output(read) if token is None else token)
-    return pre, out, port
+    return pre, out, token if read is None else zeros_like_output(read)
 
   @jax.custom_vjp
   def call(params, feedback, inputs, key, tap, readout, token, told):
@@ -682,7 +681,7 @@ def _wrap(unit, info, rule, read, from_output, divisor):
      told) = residuals
     teaching, arrived = cotangents
     error = arrived
-    if from_output:
+    if token is not None:
       error = late(error, teaching)
     activations = base.Activations(inputs, pre, out)
     credit = rule.answer(

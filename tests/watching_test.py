@@ -255,10 +255,13 @@ _AIM = '''
 """Keeps what it is told as Aim does: one value for a name and a step."""
 runs = {}
 
+class MissingRunError(RuntimeError):
+  pass
+
 class Run:
   def __init__(self, run_hash=None, *, repo, **kwargs):
     if run_hash is not None and run_hash not in runs:
-      raise RuntimeError('no such run')
+      raise MissingRunError('no such run')
     self.hash = run_hash or f'run{len(runs)}'
     self.repo, self.values = repo, runs.setdefault(self.hash, {})
 

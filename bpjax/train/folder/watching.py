@@ -240,8 +240,8 @@ class Aim:
         system_tracking_interval=None, capture_terminal_logs=False)
     try:
       self._run = make(run_hash=identity or None)
-    except Exception:
-      if not identity:
+    except Exception as error:
+      if type(error).__name__ != 'MissingRunError':
         raise
       self._run = make()  # Somebody has deleted it there.
     if self._run.hash != identity:

@@ -73,7 +73,10 @@ def alignment(
     units = rule.infos(net, variables, x)
     params = variables['params']
     updates, signals = rule.signals(net, loss, variables, feedback, x, y, key)
-    gradients, exact = backprop().signals(net, loss, variables, {}, x, y, key)
+    seen_by = getattr(rule, 'seen_by', None)
+    # Where units own their nonlinearity, both are taken behind it.
+    seen = net if seen_by is None else seen_by(net, variables, x)
+    gradients, exact = backprop().signals(seen, loss, variables, {}, x, y, key)
     targets = rule.weight_targets(units, params, feedback)
     trained = rule.units(net, variables, x)
     result = {}

@@ -13,6 +13,7 @@ Key = jax.Array
 Tree = Any
 Loss = Callable[[Any, Any], Array]
 
+JOINT = 'Joint'  # The kind of what owns a segment that several units share.
 BOUNDARY = 'Boundary'  # The kind, and in lower case the name, of a boundary.
 # What the engines keep in collections beside the model's own.
 FEEDBACK, PORTS, PROBES = 'bpjax_feedback', 'bpjax_ports', 'bpjax_probes'
@@ -120,7 +121,8 @@ class UnitInfo:
   Attributes:
     name: the path of its module, joined with `/`.
     kind: the class of its affine operation, such as `Dense` or `Conv`;
-      `Boundary` for the output of a module, a unit without parameters.
+      `Boundary` for the output of a module, and `Joint` for the segment that
+      several units share, units without parameters.
     inputs: shape and dtype of each array input, batch axis included.
     pre: shape and dtype of the affine operation's output.
     out: shape and dtype of the unit's output.
@@ -152,6 +154,8 @@ class UnitInfo:
     examples: where they lie in `out`.
     by_example: whether each example has weights of its own (those of an expert
       that the data picks), so that the operation has one batch size.
+    joint: the name of the unit that owns what follows this one and others, where
+      they share a segment: what arrives here is this one's error already.
     weights_as_kept: whether its weights are a parameter as it is kept, which no
       other unit reads: not transposed, normalised or tied.
   """
@@ -181,6 +185,7 @@ class UnitInfo:
   given_examples: tuple[tuple[int, int, int] | None, ...] = ()
   examples: tuple[int, int, int] | None = None
   by_example: bool = False
+  joint: str = ''
   weights_as_kept: bool = True
 
   if not TYPE_CHECKING:  # Which knows the fields.

@@ -8,6 +8,7 @@ import dataclasses
 from bpjax import arguments
 from bpjax import paths
 from bpjax.engines import credit
+from bpjax.networks import names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,6 +17,7 @@ class _ByPath(credit.Rule):
   rules: tuple[tuple[str, credit.Rule], ...] = ()
 
   def rule_for(self, unit):
+    unit = names.leader(unit)
     for pattern, rule in self.rules:
       if paths.matches(pattern, unit):
         return pattern, rule.rule_for(unit)[1]

@@ -579,8 +579,7 @@ class _Piece(network.Network):
         f'{self.name}/{n}' if self.name else n: a for n, a in tree.items()})
     rule = piped.own
     entries = self.traced({'params': around(params)}, x).entries
-    segments = {name: rule.rule_for(name)[1].segment for name in entries}
-    seen = self.owning({n: s for n, s in segments.items() if s is not None})
+    seen = self.owning(rule.segments(entries))
     visit = functools.partial(
         rule.visit, infos=self._told, shared={}, told=(y, None, None))
 

@@ -8,6 +8,7 @@ from bpjax import arguments
 from bpjax import base
 from bpjax import paths
 from bpjax.networks import examples
+from bpjax.networks import names
 
 KINDS = ('direct', 'chain', 'chain_in_gap', 'meta')
 OUTPUT = 'output'
@@ -45,7 +46,8 @@ class Wiring:
   def source_of(self, unit: str, outs: Sequence[str]) -> str | None:
     """The unit whose error teaches `unit`; None for the last unit."""
     order = tuple(outs)
-    if unit == order[-1] or unit not in order:  # A boundary of no rule's.
+    # A boundary of no rule's, or a unit that is told its error as it is.
+    if unit == order[-1] or unit not in order:
       return None
     if not isinstance(self.wiring, str):
       source = self.wiring.get(unit)
@@ -77,6 +79,8 @@ class Wiring:
     Then the reader hands it down as it is to a unit with a matrix of its own.
     """
     source = self.source_of(unit, tuple(info.outs))
+    if source != names.leader(source):  # Its readers are several.
+      return False
     return (self.wiring != 'direct' and not self.all_direct
             and (_reshapes(unit, info) or _reshapes(source, info))
             and info.outs[source].shape == info.outs[unit].shape)
@@ -91,7 +95,7 @@ class Wiring:
     """The unit that this one reads, if that gets its error from this one."""
     below = info.reads[0] if info.reads else None
     taught = below is not None and (
-        self.source_of(below, tuple(info.outs)) == info.name)
+        self.source_of(below, tuple(info.outs)) == (info.joint or info.name))
     return below if taught else None
 
   def teaches_below(self, info: base.UnitInfo) -> bool:
@@ -102,7 +106,8 @@ class Wiring:
   def hands_down(self, info: base.UnitInfo) -> bool:
     """Whether the unit that it reads brings this unit's error to itself."""
     below = self.below(info)
-    return below is not None and self.is_carried(below, info)
+    return (below is not None and not info.joint
+            and self.is_carried(below, info))
 
   def port(self, info: base.UnitInfo) -> str | None:
     """What a unit reads directly: 'output', a unit, or None."""
@@ -125,7 +130,9 @@ class Wiring:
     outs = tuple(info.outs)  # Of its block, where blocks have their own losses.
     source = self.source_of(name, outs)
     below = info.reads[0] if info.reads else None
-    if below is not None and below not in outs and info.kind != base.BOUNDARY:
+    if below is not None and below not in outs and info.kind not in (
+        base.BOUNDARY, base.JOINT) and (
+            below not in units or not units[below].joint):
       raise ValueError(
           f'unit `{below}` gets no error from `{name}`, which tells its own '
           'targets alone to units of its own rule; give both the same rule, or '

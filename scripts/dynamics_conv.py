@@ -32,7 +32,7 @@ import numpy as np
 
 _DATASET = flags.DEFINE_string('dataset', 'cifar10', 'A TFDS set, or digits.')
 _EXAMPLES = flags.DEFINE_integer('train_examples', 1000, 'Of the set.', 64)
-_EPOCHS = flags.DEFINE_integer('epochs', 10, 'Of training.', 1)
+_EPOCHS = flags.DEFINE_integer('epochs', 100, 'Of training.', 1)
 _SEEDS = flags.DEFINE_integer('seeds', 3, 'Networks of each kind.', 2)
 _SIDE = flags.DEFINE_integer('side', 16, 'Of the images.', 4)
 

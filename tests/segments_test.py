@@ -112,21 +112,6 @@ class SegmentsTest(float64.Float64TestCase):
     self.assertEqual(jnp.abs(grads['LayerNorm_0']['scale']).max(), 0)
     self.assertGreater(jnp.abs(grads['Dense_0']['kernel']).max(), 0)
 
-  def test_units_that_are_read_together_are_refused(self):
-
-    class Gated(nn.Module):
-
-      @nn.compact
-      def __call__(self, x):
-        x = nn.tanh(nn.Dense(6, name='a')(x)) * nn.Dense(6, name='b')(x)
-        return nn.Dense(5)(x)
-
-    x = jax.random.normal(jax.random.key(3), (_BATCH, 7))
-    net, variables, x = float64.setup(Gated(), x)
-    for name in zoo.TARGETS:
-      with self.assertRaisesRegex(ValueError, '`a` is mixed with `b` before'):
-        bpjax.rules.get(name)().init(jax.random.key(1), net, variables, x)
-
 
 if __name__ == '__main__':
   absltest.main()

@@ -21,6 +21,7 @@ from bpjax.engines import checks
 from bpjax.engines import reduction as reduction_lib
 from bpjax.networks import flow as flow_lib
 from bpjax.networks import network
+from bpjax.networks import segments as segments_lib
 from bpjax.networks import unit as unit_lib
 import jax
 import jax.numpy as jnp
@@ -78,6 +79,9 @@ class Rule:
       'shape_or_last' (where there is none, all of it: attention on queries,
       keys and values in one), 'rank' (the last of its rank: pooling too),
       'last'; None: nothing.
+    joint: whether units that are mixed before they are read may share what
+      follows them: it belongs to a unit without parameters (its kind is
+      `Joint`), which is given the target and sends each of them its error.
     weight_target: `(units, params, feedback) -> {unit: weights}`: what the
       rule's weights should align with, for `bpjax.alignment`; or None.
   """
@@ -94,6 +98,7 @@ class Rule:
   advance: Callable[..., base.Tree] | None = None
   linear: bool = False
   segment: str | None = None
+  joint: bool = False
   weight_target: Callable[..., Mapping[str, base.Tree]] | None = None
 
   @property
@@ -122,12 +127,17 @@ class Rule:
       self, net: network.Network, variables: Mapping[str, Any], x: Any
   ) -> network.Network:
     """The network whose units own as much as their rules need."""
-    segments = {}
-    for name in net.survey(variables, x).units:
-      segment = self.rule_for(name)[1].segment
-      if segment is not None:
-        segments[name] = segment
-    return net.owning(segments)
+    return net.owning(self.segments(net.survey(variables, x).units))
+
+  def segments(self, units: Iterable[str]) -> dict[str, segments_lib.Policy]:
+    """Unit -> how it owns what follows it, where its rule asks for that."""
+    found = {}
+    for name in units:
+      label, rule = self.rule_for(name)
+      if rule.segment is not None:
+        found[name] = segments_lib.Policy(
+            rule.segment, label if rule.joint else '')
+    return found
 
   def check(self, survey: Any) -> None:
     """Raises a ValueError for a network that the rule cannot train."""
@@ -171,7 +181,7 @@ class Rule:
     def outs(label, block):
       return {
           name: info.out for name, info in units.items()
-          if info.block == block and (
+          if info.block == block and not info.joint and (
               labels[name] == label or info.is_output)}
 
     return {
@@ -570,7 +580,9 @@ class Rule:
     source = rule.port(info)
     token = call.token(info.block) if source == 'output' else None
     read = None if source in (None, 'output') else infos[source].out
-    out, port = _wrap(call.unit, info, rule, read, divisor(call.name))(
+    answered = _wrap(
+        call.unit, info, rule, read, divisor(call.name), call.reads_stacked)
+    out, port = answered(
         call.params, feedback, call.taught_inputs(), key,
         tap, call.read(base.TAPS, 'readout'), token, told)
     if token is not None:
@@ -653,7 +665,7 @@ def _passes_on(info, rule):
   return info.kind == base.BOUNDARY and rule.port(info) is None
 
 
-def _wrap(unit, info, rule, read, divisor):
+def _wrap(unit, info, rule, read, divisor, reads_stacked):
   """The unit as a function with the rule for its derivative.
 
   `read` has the shape of the error of another unit that this one's port reads, if
@@ -698,7 +710,7 @@ def _wrap(unit, info, rule, read, divisor):
     if messages is None:
       messages = (None,) * len(inputs)
     return (updates, credit.feedback,
-            _check_messages(info, rule, inputs, messages), None,
+            _check_messages(info, rule, inputs, messages, reads_stacked), None,
             None if tap is None else credit.source,
             None if readout is None else
             unit.delta(params, activations, teaching).pre,
@@ -736,7 +748,7 @@ def late(error: base.Tree, teaching: base.Array) -> base.Tree:
       error, teaching, cpu=wait, default=lambda error, teaching: error)
 
 
-def _check_messages(info, rule, inputs, messages):
+def _check_messages(info, rule, inputs, messages, reads_stacked):
   """One message an input, in its shape, its dtype and on its mesh axes."""
   if len(messages) != len(inputs):
     raise ValueError(
@@ -748,6 +760,9 @@ def _check_messages(info, rule, inputs, messages):
       raise ValueError(
           f'rule `{rule.name}` must send a message of its input\'s shape '
           f'{x.shape} at unit `{info.name}`, got {message.shape}.')
+    if message is None and reads_stacked and jnp.issubdtype(x.dtype, jnp.inexact):
+      # The transpose of a scan takes no symbolic zeros for what it stacks.
+      message = jnp.zeros_like(x)
     if message is not None:
       message = message.astype(x.dtype)
       place = jax.typeof(x).sharding

@@ -21,6 +21,7 @@ from bpjax.engines import credit
 from bpjax.engines import reduction as reduction_lib
 from bpjax.networks import examples
 from bpjax.networks import network
+from bpjax.networks import segments
 from bpjax.networks import unit as unit_lib
 import jax
 import jax.numpy as jnp
@@ -68,7 +69,8 @@ class Rule(engine.Base):
   ) -> network.Network:
     """The network whose units own their nonlinearity."""
     return net.owning(
-        dict.fromkeys(net.survey(variables, x).units, 'shape'))
+        dict.fromkeys(
+            net.survey(variables, x).units, segments.Policy(segments.SHAPE)))
 
   def check(self, survey: Any) -> None:
     """Raises a ValueError for a network that the rule cannot train."""

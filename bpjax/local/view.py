@@ -66,7 +66,7 @@ class View(network.Network):
     return self._net.traced(
         variables, x, has_key, train, wants or self._marks.wants)
 
-  def owning(self, own: Mapping[str, str]) -> View:
+  def owning(self, own: Mapping[str, Any]) -> View:
     """As the network's `owning`."""
     key = tuple(own.items())
     if key not in self._owning:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 import dataclasses
 from typing import Any
 
@@ -139,6 +140,39 @@ def _through(eqn, before):
   others = frozenset().union(
       *(o.front for o in before if o.unit is None)) if own else front
   return _Origin(known[0] if own and not others else None, front)
+
+
+def note_stacked(plan: trace_lib.Plan, given: Iterable[Any] = ()) -> set[Any]:
+  """Sets `reads_stacked` of the steps of a plan.
+
+  Args:
+    plan: the plan.
+    given: those of its inputs that scans outside of it have stacked.
+
+  Returns:
+    Its variables that are made of what scans have stacked.
+  """
+  stacked = set(given)
+  for step in plan.steps:
+    reads = [v for v in (step.inputs or step.eqn.invars)
+             if not isinstance(v, Literal) and v in stacked]
+    if step.how == 'scan':
+      note_stacked(step.inner[0])
+      stacked.update(step.eqn.outvars[step.eqn.params['num_carry']:])
+    elif visited(step) is not None:
+      step.reads_stacked = bool(reads)
+    elif step.inner:
+      first = len(step.eqn.invars) - len(step.inner[0].jaxpr.invars)
+      for inner in step.inner:
+        inside = note_stacked(inner, [
+            v for outer, v in zip(step.eqn.invars[first:], inner.jaxpr.invars)
+            if not isinstance(outer, Literal) and outer in stacked])
+        stacked.update(
+            outer for outer, v in zip(step.eqn.outvars, inner.jaxpr.outvars)
+            if not isinstance(v, Literal) and v in inside)
+    elif reads:
+      stacked.update([step.out] if step.out is not None else step.eqn.outvars)
+  return stacked
 
 
 # Their derivative is zero everywhere.

@@ -121,8 +121,26 @@ def place(plan):
       if step.how == 'mark' and name.startswith(trace_lib.BOUNDARY):
         name = unit_lib.boundary_name(name.removeprefix(trace_lib.BOUNDARY))
       plan.calls.add((name, step.index))
-    if step.how == 'unit':
+    if step.members:
+      plan.loops[step.name] = plan.loops[step.members[0]]
+    elif step.how == 'unit':
       plan.loops[step.name] = tuple(loop for loop, _ in step.view.loops)
+
+
+_AND = ' + '  # Between the names of units that share a segment.
+
+
+def joint_name(members):
+  """What owns a segment that units share: `attention/query + key + value`."""
+  around = module_of(members)
+  first = len(around) + 1 if around else 0
+  own = _AND.join(name[first:] for name in members)
+  return f'{around}/{own}' if around else own
+
+
+def leader(name):
+  """The first of the units that share a segment; the name of any other unit."""
+  return name.partition(_AND)[0]
 
 
 def _signature(step):

@@ -127,7 +127,7 @@ class Network:
     self._latest: survey_lib.Survey | None = None
     self._is_chosen = chosen
     self.flags: Mapping[str, Any] = {}
-    self._own: Mapping[str, str] = {}
+    self._own: Mapping[str, segments.Policy] = {}
     self._owning: dict[Any, Network] = {}
     self._traces: dict[Any, Traced] = {}
 
@@ -190,11 +190,11 @@ class Network:
       self._traces[cache_key] = self._trace(*args, has_key, train, wants)
     return self._traces[cache_key]
 
-  def owning(self, own: Mapping[str, str]) -> Network:
+  def owning(self, own: Mapping[str, segments.Policy]) -> Network:
     """The network whose units own what follows their affine operation.
 
     Args:
-      own: unit -> how far its segment goes, see `segments`.
+      own: unit -> how it owns that, see `segments.Policy`.
     """
     key = tuple(own.items())
     if key not in self._owning:
@@ -240,9 +240,10 @@ class Network:
     points = names_lib.name_contacts(plan, entries)
     names_lib.place(plan)
     outputs = jax.tree.leaves(shape[0])
-    marked = {name: segments.MARK for name in chosen if name in entries}
+    marked = {name: segments.Policy(segments.MARK) for name in chosen if name in entries}
     mixed = segments.own(
         plan, {**self._own, **marked}, len(outputs))
+    flow_lib.note_stacked(plan)
     found = flow_lib.derivatives(plan, len(outputs))
     flow = flow_lib.follow(plan, len(outputs))
     parts = survey_lib.error_parts(plan, flow, entries)
@@ -285,7 +286,7 @@ class Network:
     drawn = feedback_lib.drawn_together(key, {
         name: feedback_lib.Drawer(
             *drawer, self.survey(variables, x).units[name].info.params,
-            _turns(traced.entries.get(name)))
+            _turns(traced.entries.get(names_lib.leader(name))))
         for name, drawer in drawers.items() if drawer is not None})
     feedback = {}
     for name in drawers:
@@ -369,7 +370,7 @@ class Call:
 
   def __init__(self, step, entry, env, flow):
     self.name, self.index = step.name, step.index
-    self.step = step
+    self.step, self.reads_stacked = step, step.reads_stacked
     self.inputs = tuple(env.read(step.inputs))
     self.unit = unit_lib.TraceUnit(step, entry)
     self.params = self.unit.named(env.read(step.params))
@@ -430,9 +431,10 @@ class Call:
 class BoundaryCall(Call):
   """What a module has put out, as a call of a unit without parameters."""
 
-  def __init__(self, module, index, value, flow):  # pylint: disable=super-init-not-called
+  def __init__(self, module, step, value, flow):  # pylint: disable=super-init-not-called
     unit_lib.check_boundary(module, value)
-    self.name, self.index = unit_lib.boundary_name(module), index
+    self.name, self.index = unit_lib.boundary_name(module), step.index
+    self.reads_stacked = step.reads_stacked
     self.inputs, self.params = (value,), {}
     self.unit = unit_lib.Boundary()
     self._weights_twin, self._flow = None, flow
@@ -518,7 +520,7 @@ def _pass_mark(step, env, flow, visit, owners, cuts):
     if owners:
       return value
     module = step.name.removeprefix(BOUNDARY)
-    return visit(BoundaryCall(module, step.index, value, flow))
+    return visit(BoundaryCall(module, step, value, flow))
   if cuts is None or step.name.startswith(LAYER):
     return value
   if step.name.startswith(ENTER):

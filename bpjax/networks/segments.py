@@ -3,15 +3,25 @@
 Rules that set targets move a unit's pre-activation, and so need the function that
 follows it. It is found in the trace: from the affine operation to the values that
 other units read, or the model puts out.
+
+Units that are mixed before that (queries, keys and values; two products that are
+added) cannot be moved one by one. Where each has a nonlinearity of its own before
+they meet in a sum, each ends there. Else they share a segment: it belongs to a unit
+without parameters, which reads theirs, is given the target, and sends each its error.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+import dataclasses
 import math
+from typing import NamedTuple
 
 from bpjax.networks import flow as flow_lib
+from bpjax.networks import names as names_lib
 from bpjax.networks import trace as trace_lib
+import jax
+from jax.extend.core import gensym
 from jax.extend.core import Literal
 import jax.numpy as jnp
 
@@ -24,46 +34,232 @@ SHAPE_OR_LAST = 'shape_or_last'
 # They pick positions out, as a readout of the first token does: what lies behind
 # is no unit's own.
 _SELECT = ('slice', 'dynamic_slice', 'gather')
+# What adds, or leaves values as they are.
+_SUMS = {'add', 'add_any', 'sub', 'neg', 'concatenate', *flow_lib.TRANSPARENT} - {
+    'mul', 'div', 'select_n', 'reduce_window_max', 'reduce_max'}
+# What is linear in each operand.
+_PRODUCTS = ('mul', *trace_lib.PRODUCTS)
+
+
+class Policy(NamedTuple):
+  """How a unit owns what follows it.
+
+  Attributes:
+    far: how far its segment goes.
+    joint: units of the same label may share a segment; '': with none.
+  """
+  far: str
+  joint: str = ''
 
 
 def own(
-    plan: trace_lib.Plan, policies: Mapping[str, str], outputs: int
+    plan: trace_lib.Plan, policies: Mapping[str, Policy], outputs: int
 ) -> dict[str, str]:
   """Gives units what follows their affine operation; changes the plan.
 
   Args:
     plan: a plan whose units have names.
-    policies: unit -> how far its segment goes.
+    policies: unit -> how it owns that.
     outputs: how many of the plan's outputs are the model's, and not its state.
 
   Returns:
     Unit -> why it has no segment of its own, for units that a policy names.
   """
   trouble = {}
-  _own(plan, policies, plan.jaxpr.outvars[:outputs], trouble)
+  _own(plan, policies, plan.jaxpr.outvars[:outputs], trouble, True)
+  counts = {}
+  for step, _ in plan.walk():
+    if step.members:
+      step.index = counts.setdefault(step.name, 0)
+      counts[step.name] += 1
+  if counts:
+    names_lib.place(plan)
   return trouble
 
 
-def _own(plan, policies, outputs, trouble):
+def _own(plan, policies, outputs, trouble, outermost=False):
   for step in plan.steps:
     for inner in step.inner:
       _own(inner, policies, inner.jaxpr.outvars, trouble)
   graph = _Graph(plan, outputs)
+  done = set()
   for unit in [s for s in plan.steps if s.how == 'unit']:
     policy = policies.get(unit.name)
-    if policy is None:
+    if policy is None or unit in done:
       continue
     homes, others = graph.home(unit)
-    if policy == MARK:
+    if policy.far == MARK:
       homes = [s.inputs[0] for s in plan.steps
                if s.how == 'mark' and s.name == trace_lib.LAYER + unit.name]
     elif others is not None:
+      group, homes = graph.group(unit)
+      # What the model puts out has its exact error, mixed or not.
+      if group and policy.joint and not (
+          outermost and any(v in outputs for v in homes)) and (
+              {policies.get(u.name) for u in group} == {policy}):
+        done.update(group)
+        if _share(plan, group, policy.far, homes):
+          continue
       trouble[unit.name] = others
       continue
-    if policy == MARK:
+    if policy.far == MARK:
       _take_head(plan, unit)
     if homes:
-      _extend(plan, unit, policy, homes)
+      _extend(plan, unit, policy.far, homes)
+
+
+def _share(plan, group, far, homes):
+  """Gives units that are mixed what follows them; whether that can be."""
+  pres = {unit.out: unit for unit in group}
+  fronts = {v: frozenset([v]) for v in pres}
+  between, meet = [], []
+  for step in plan.steps:
+    if step.how in ('bind', 'contact') and any(
+        v in fronts for v in _inputs(step)):
+      between.append(step)
+      front = frozenset().union(*(fronts.get(v, ()) for v in _inputs(step)))
+      fronts.update(dict.fromkeys(_outputs(step), front))
+  between = _needed(between, homes)
+  for step in between:
+    given = {fronts[v] for v in _inputs(step) if v in fronts}
+    if len(given) > 1 and len(fronts[_outputs(step)[0]]) > max(map(len, given)):
+      meet.append(step)
+  cuts = [v for step in between for v in _outputs(step)]
+
+  def linear(steps):
+    return all(
+        s.how == 'bind' and (s.eqn.primitive.name in _SUMS or (
+            s.eqn.primitive.name in _PRODUCTS
+            and sum(v in fronts for v in _inputs(s)) == 1)) for s in steps)
+
+  # Each with a nonlinearity of its own, and then a sum: each ends there.
+  ends = {}
+  for pre in pres:
+    private = [v for v in cuts if fronts[v] == {pre} and not _reaches(
+        between, pre, homes, v)]
+    if private and not linear(_needed(between, private[-1:])):
+      ends[pre] = private[-1]
+  if len(ends) == len(pres) and linear(meet):
+    for pre, end in ends.items():
+      _extend(plan, pres[pre], far, [end])
+    return True
+  joint = _Joint(group, between)
+  total = next((
+      v for v in cuts if fronts[v] == pres.keys()
+      and linear(_needed(between, [v])) and not any(
+          _reaches(between, pre, homes, v) for pre in pres)), None)
+  made = joint.summed(total) if total is not None else joint.laid_side_by_side()
+  if made is None:
+    return False
+  steps = plan.steps
+  plan.steps = joint.placed(steps)
+  plan.kinds.update(dict.fromkeys(joint.new, trace_lib.DATA))
+  _extend(plan, joint.step, far, joint.renamed(homes))
+  if not joint.step.tail and total is None:  # Nothing that all go through.
+    plan.steps = steps
+    return True
+  for unit in group:
+    unit.joint = joint.step.name
+  return True
+
+
+class _Joint:
+  """The unit without parameters that owns the segment of several."""
+
+  def __init__(self, group, between):
+    self._group, self._between = group, between
+    self.new, self.step = [], None
+    self._head, self._splits, self._names = [], [], {}
+
+  def _made(self, eqns, steps, out):
+    members = tuple(unit.name for unit in self._group)
+    made = {v for eqn in eqns for v in eqn.outvars}
+    inputs = dict.fromkeys(unit.out for unit in self._group)
+    inputs |= dict.fromkeys(
+        v for eqn in eqns for v in eqn.invars
+        if not isinstance(v, Literal) and v not in made)
+    self._head = steps
+    self.step = trace_lib.Step(
+        'unit', eqns[-1], eqns=eqns, inputs=tuple(inputs), out=out,
+        name=names_lib.joint_name(members), members=members)
+    return self.step
+
+  def summed(self, total):
+    """Their sum is what is moved."""
+    head = _needed(self._between, [total])
+    return self._made([s.eqn for s in head], head, total)
+
+  def laid_side_by_side(self):
+    """What is moved has the features of all, for each of the common positions."""
+    shapes = [unit.out.aval.shape for unit in self._group]
+    common = 0
+    while all(len(s) > common + 1 for s in shapes) and len(
+        {s[common] for s in shapes}) == 1:
+      common += 1
+    if not common or len({unit.out.aval.dtype for unit in self._group}) > 1:
+      return None
+    sizes = [math.prod(s[common:]) for s in shapes]
+
+    def join(*pres):
+      return jnp.concatenate(
+          [p.reshape(*p.shape[:common], -1) for p in pres], axis=-1)
+
+    def split(joined):
+      at = [sum(sizes[:i + 1]) for i in range(len(sizes) - 1)]
+      return [part.reshape(s) for part, s in zip(
+          jnp.split(joined, at, axis=-1), shapes)]
+
+    given = [unit.out for unit in self._group]
+    eqns, (joined,) = self._spliced(join, given)
+    parts, outs = self._spliced(split, [joined])
+    self._splits = [trace_lib.Step('bind', eqn) for eqn in parts]
+    self._names = dict(zip(given, outs))
+    return self._made(eqns, [], joined)
+
+  def _spliced(self, function, given):
+    """The equations of a function of some variables, and its results."""
+    closed = jax.make_jaxpr(function)(
+        *(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in given))
+    new = gensym()
+    names = dict(zip(closed.jaxpr.invars, given))
+    eqns = []
+    for eqn in closed.jaxpr.eqns:
+      names.update({v: new(v.aval) for v in eqn.outvars})
+      eqns.append(eqn.replace(
+          invars=[v if isinstance(v, Literal) else names[v] for v in eqn.invars],
+          outvars=[names[v] for v in eqn.outvars]))
+      self.new += eqns[-1].outvars
+    return eqns, [names[v] for v in closed.jaxpr.outvars]
+
+  def renamed(self, variables):
+    return [self._names.get(v, v) for v in variables]
+
+  def placed(self, steps):
+    """The steps of the plan with this one among them."""
+    inside = set(map(id, self._head))
+    rest = [s for s in steps if id(s) not in inside or any(
+        v in _inputs(other) for other in steps if id(other) not in inside
+        for v in _outputs(s) if v is not self.step.out)]
+    needs = set(self.step.inputs)
+    last = max((i for i, s in enumerate(rest) if needs & {*_outputs(s)}), default=-1)
+    before, after = rest[:last + 1], rest[last + 1:]
+    # They read what is split, behind the last of the units.
+    moved = [s for s in before if self._names and s in self._between]
+    stay = [s for s in before if s not in moved]
+    kept = _needed(moved, [v for s in stay for v in _inputs(s)])
+    before = [s for s in before if s in stay or s in kept]
+    return [*before, self.step, *self._splits, *map(self._renamed_step, moved),
+            *(self._renamed_step(s) if s in self._between else s for s in after)]
+
+  def _renamed_step(self, step):
+    if not any(v in self._names for v in _inputs(step)):
+      return step
+    eqns = [eqn.replace(invars=[
+        v if isinstance(v, Literal) else self._names.get(v, v)
+        for v in eqn.invars]) for eqn in (step.eqns or [step.eqn])]
+    return dataclasses.replace(
+        step, eqn=eqns[0], eqns=eqns if step.eqns else [],
+        inputs=tuple(self.renamed(step.inputs)))
 
 
 class _Graph:
@@ -83,6 +279,7 @@ class _Graph:
         front = frozenset()
       self.fronts.update(dict.fromkeys(_outputs(step), front))
     self.reads = [v for v in reads if self.fronts.get(v)]
+    self.units = [s for s in plan.steps if s.how == 'unit']
 
   def home(self, unit):
     """The values that are read of a unit; or None and with whom it is mixed."""
@@ -100,6 +297,14 @@ class _Graph:
     if mates:
       return [], f'is mixed with {", ".join(names(mates))} before it is read'
     return [v for v in self.reads if self.fronts[v] == front], None
+
+  def group(self, unit):
+    """The units that have their home in common with this one, and that home."""
+    front = self._least(unit)
+    if front is None:
+      return [], []
+    return ([u for u in self.units if u in front and self._least(u) == front],
+            [v for v in self.reads if self.fronts[v] == front])
 
   def _least(self, unit):
     fronts = {self.fronts[v] for v in self.reads if unit in self.fronts[v]}

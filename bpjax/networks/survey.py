@@ -130,17 +130,22 @@ def take(net, traced, variables, cuts=None):
     calls = [step for n, step in order if n == name]
     entry = traced.entries.get(name)
     unit = unit_lib.Boundary()
-    if entry is not None:
-      unit = unit_lib.TraceUnit(entry.step, entry)
     main = calls[0] if entry is None else entry.step
+    if entry is not None or main.members:
+      unit = unit_lib.TraceUnit(main, entry)
     unit.info = _info(name, unit, main, entry, traced, variables, calls, flow,
-                      found, examples)
+                      found, examples, units)
     units[name] = unit
-    if entry is not None:
+    if (entry is not None or main.members) and not main.joint:
       outs[name] = unit.info.out
   pres = {name: unit.info.pre for name, unit in units.items()}
+  shared = {n: unit.info.joint for n, unit in units.items() if unit.info.joint}
   for unit in units.values():
-    unit.info = dataclasses.replace(unit.info, outs=outs, pres=pres)
+    info = unit.info
+    readers = [info.joint] if info.joint else dict.fromkeys(
+        shared.get(n, n) for n in info.readers)
+    unit.info = dataclasses.replace(
+        info, outs=outs, pres=pres, readers=tuple(readers))
   boundaries = [n for n in names if n not in traced.entries]
   owned = {leaf for e in traced.entries.values()
            for leaf in (*e.principal, *e.others, *e.biases)}
@@ -164,7 +169,7 @@ def take(net, traced, variables, cuts=None):
 
 
 def _info(name, unit, step, entry, traced, variables, calls, flow,
-          found, examples):
+          found, examples, units):
   shape = lambda v: jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype)
   inputs = tuple(map(shape, step.inputs))
   kind, operation, params, summed = base.BOUNDARY, '', {}, None
@@ -178,6 +183,10 @@ def _info(name, unit, step, entry, traced, variables, calls, flow,
     kind = traced.notes.modules.get(own, operation)
     params = _unit_params(entry, step, variables['params'])
     positionwise, features, summed = _contraction(step)
+  elif step.members:
+    kind, operation = base.JOINT, step.operation
+    positionwise, features = _of_members(
+        [units[m].info for m in step.members], step, inputs)
   out = shape(step.out)
   pre = shape(step.pre or step.out)
   given, made = examples.get((name, step.index), ((None,) * len(inputs), None))
@@ -189,6 +198,7 @@ def _info(name, unit, step, entry, traced, variables, calls, flow,
         for other in traced.entries.values())
   return base.UnitInfo(
       given_examples=given, examples=made, by_example=by_example,
+      joint=step.joint,
       weights_as_kept=as_kept,
       name=name, kind=kind, operation=operation, inputs=inputs, pre=pre, out=out,
       params=params,
@@ -361,6 +371,18 @@ def _by_example(step, place):
   _, batch = step.eqn.params['dimension_numbers']
   side = list(step.eqn.invars[:2]).index(step.weights)
   return (place[0] if place else 0) in batch[1 - side]
+
+
+def _of_members(infos, step, inputs):
+  """Whether units that share a segment treat positions alike, and what their
+  features are, as of the one unit that they are together."""
+  positions = {
+      len(i.inputs[0].shape) - i.feature_axes for i in infos if i.positionwise}
+  pre = step.pre or step.out
+  if (len(positions) == 1 and all(i.positionwise for i in infos)
+      and max(positions) < pre.aval.ndim):
+    return True, len(inputs[0].shape) - min(positions)
+  return False, len(inputs[0].shape) - 1
 
 
 def _contraction(step):

@@ -81,6 +81,10 @@ class Step:
     tail: the equations of the segment, from `pre` to `out`.
     tail_inputs: those of `inputs` that the segment alone reads.
     untrained: variable -> view, of those that are parameters.
+    reads_stacked: whether what a scan has stacked is read, with no unit between.
+    joint: of a unit that shares its segment with others, the name of the unit
+      without parameters that owns it.
+    members: of that one, the names of those whose outputs it reads.
   """
   how: str
   eqn: JaxprEqn
@@ -98,6 +102,9 @@ class Step:
   tail: list[JaxprEqn] = dataclasses.field(default_factory=list)
   tail_inputs: tuple[Var, ...] = ()
   untrained: dict[Var, View] = dataclasses.field(default_factory=dict)
+  reads_stacked: bool = False
+  joint: str = ''
+  members: tuple[str, ...] = ()
 
   @property
   def view(self) -> View:

@@ -13,6 +13,7 @@ from bpjax import base
 from bpjax.engines import base as engine
 from bpjax.engines import checks
 from bpjax.engines import reduction
+from bpjax.networks import segments
 import jax
 import jax.numpy as jnp
 
@@ -68,7 +69,8 @@ class _ForwardForward(engine.Base):
     self._threshold, self._label_scale = threshold, label_scale
 
   def seen_by(self, net, variables, x):
-    return net.owning(dict.fromkeys(net.survey(variables, x).units, 'shape'))
+    return net.owning(dict.fromkeys(
+        net.survey(variables, x).units, segments.Policy(segments.SHAPE)))
 
   def check(self, survey):
     super().check(survey)

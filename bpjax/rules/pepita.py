@@ -16,6 +16,7 @@ from bpjax import paths
 from bpjax.engines import base as engine
 from bpjax.engines import checks
 from bpjax.engines import reduction
+from bpjax.networks import segments
 import jax
 import jax.numpy as jnp
 
@@ -63,7 +64,8 @@ class _Pepita(engine.Base):
     self._scale = scale
 
   def seen_by(self, net, variables, x):
-    return net.owning(dict.fromkeys(net.survey(variables, x).units, 'shape'))
+    return net.owning(dict.fromkeys(
+        net.survey(variables, x).units, segments.Policy(segments.SHAPE)))
 
   def check(self, survey):
     super().check(survey)

@@ -50,7 +50,10 @@ def recursive_local_representation_alignment(
   Where a unit's output has another shape than its affine operation, as
   attention's on queries, keys and values in one, the error e acts through the
   VJP of that one unit: its weights descend :math:`\|h_i - t_i\|^2 / 2`. Wires to
-  and from it are matrices of their own, between neighbours, too.
+  and from it are matrices of their own, between neighbours, too. The same holds for
+  units that are mixed before anything reads them, as queries, keys and values by
+  three products: they are moved together, as the one product that they could be,
+  by a unit named after them (`query + key + value`).
 
   The updates of error synapses, gradient-signed: 'transpose' gives a
   neighbour's E that of W times gamma, as in Kolen-Pollack without a decay, and
@@ -157,7 +160,8 @@ def recursive_local_representation_alignment(
         features(unit.info))[1])
     weights = weights.reshape(-1, *weights.shape[axes:])
     return projection.spread(
-        read, weights, pre, unit.info.examples, features(unit.info), mask)
+        read, weights, pre, unit.info.examples, features(unit.info), mask
+    ).astype(pre.dtype)
 
   def mixed(error):
     return l2_share * error + (1 - l2_share) * jnp.sign(error)
@@ -178,7 +182,9 @@ def recursive_local_representation_alignment(
     moved, read = None, signal.error
     if wires.port(info) == wiring_lib.OUTPUT:  # Those of units are mixed.
       read = mixed(read)
-    if wires.source_of(info.name, tuple(info.outs)) is None:
+    if info.joint:
+      error = signal.teaching
+    elif wires.source_of(info.name, tuple(info.outs)) is None:
       # Of the loss at the pre-activation, whatever the unit ends in.
       error = signal.teaching
       if info.kind != base.BOUNDARY:
@@ -194,14 +200,17 @@ def recursive_local_representation_alignment(
           params, activations.pre - beta * moved, activations.inputs)
       error = examples.only_real(
           activations.out - target, signal.mask, info.examples)
-    error = mixed(error)
-    delta = base.Delta(error)
+    if not info.joint:
+      error = mixed(error)
+    delta = base.Delta(error.astype(activations.pre.dtype))
     if error.shape != activations.pre.shape:  # Of |h - t|^2 / 2, in the unit.
       delta = base.Delta(unit.delta(params, activations, error).pre)
     updates = unit.params_vjp(params, activations, delta)
     messages = (None,) * len(activations.inputs)
     if info.kind == base.BOUNDARY:
       messages = (error,)
+    elif info.kind == base.JOINT:
+      messages = unit.inputs_vjp(params, {}, activations, delta)
     elif wires.hands_down(info):
       messages = (error.reshape(activations.inputs[0].shape), *messages[1:])
     # Zeros for what is not its own, too: of a tied weight, that of another use.
@@ -246,7 +255,8 @@ def recursive_local_representation_alignment(
   return credit.Rule(
       name='recursive_local_representation_alignment', backward=backward,
       init_unit=init_unit, port=wires.port, check_units=wires.check_units,
-      learns_feedback=learns, segment='shape_or_last', weight_target=weight_target)
+      learns_feedback=learns, segment='shape_or_last', joint=True,
+      weight_target=weight_target)
 
 
 def _slope(unit, params, activations, shift, error):

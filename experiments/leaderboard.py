@@ -135,6 +135,7 @@ _AKROUT = 'Akrout et al., 2019, log of the authors\' program'
 _ORORBIA = 'Ororbia et al., 2023, Table 1'
 _ORORBIA_2 = 'Ororbia et al., 2023, Table 2a'
 _SANFIZ = 'Sanfiz and Akrout, 2021, Table of CIFAR-10'
+_SANFIZ_LENET = 'Sanfiz and Akrout, 2021, benchmarks of LeNet'
 _REN = 'Ren et al., 2023, Table 3'
 _NOKLAND = 'Nøkland and Eidnes, 2019, authors\' program'
 
@@ -147,6 +148,10 @@ def _errors(source, differs, **errors):
 _MLP = {
     'model': 'mlp', 'model_args': {
         'widths': (256, 256), 'activation': 'tanh', 'units': 'layer'}}
+_LENET = {
+    'validation': 5000, 'batch_size': 128, 'model': 'lenet',
+    'model_args': {'padding': 'SAME'}}
+_LENET_NET = '100 epochs of SGD with momentum, batch 64, one run'
 _CIFAR = {'dataset': 'cifar10', 'validation': 5000, 'batch_size': 128}
 _SST2 = {
     'dataset': 'glue/sst2', 'validation': 5000, 'length': 32,
@@ -194,6 +199,18 @@ COLUMNS: dict[str, Column] = {
                 _NOKLAND, '3 x 1024 relu, BatchNorm, dropout, 100 epochs',
                 **{'LG-BP': 8.60, 'local_similarity': 9.70,
                    'local_prediction_and_similarity': 8.54})}),
+    'mnist_lenet': Column(
+        'MNIST, LeNet-5 tanh', {'dataset': 'mnist', **_LENET},
+        blocks=('conv_*', 'dense_*'),
+        published=_errors(
+            _SANFIZ_LENET, _LENET_NET, backprop=.91, feedback_alignment=1.70,
+            direct_feedback_alignment=1.61, sign_symmetry=.94)),
+    'fashion_lenet': Column(
+        'Fashion-MNIST, LeNet-5 tanh', {'dataset': 'fashion_mnist', **_LENET},
+        blocks=('conv_*', 'dense_*'),
+        published=_errors(
+            _SANFIZ_LENET, _LENET_NET, backprop=9.20, feedback_alignment=13.06,
+            direct_feedback_alignment=12.81, sign_symmetry=9.69)),
     'cifar_cnn': Column(
         'CIFAR-10, CNN of two convolutions, relu',
         {**_CIFAR, 'model': 'cnn',
@@ -300,6 +317,8 @@ _CPU = {
 _DAY = {
     'mnist_mlp': Budget(0, 3, 0, 20, 3600.),
     'fashion_mlp': Budget(0, 3, 0, 20, 3600.),
+    'mnist_lenet': Budget(15_000, 1, 0, 3, 3600.),
+    'fashion_lenet': Budget(15_000, 1, 0, 3, 3600.),
     'cifar_cnn': Budget(10_000, 1, 20_000, 3, 3600.),
     'cifar_resnet20': Budget(3000, 1, 6000, 2, 3600.),
     'cifar_local_mixer': Budget(3000, 1, 6000, 2, 3600.),
@@ -317,6 +336,8 @@ TIERS: dict[str, Tier] = {
     'gpu': Tier(3, 5, {
         'mnist_mlp': Budget(0, 10, 0, 50, math.inf),
         'fashion_mlp': Budget(0, 10, 0, 50, math.inf),
+        'mnist_lenet': Budget(0, 10, 0, 100, math.inf),
+        'fashion_lenet': Budget(0, 10, 0, 100, math.inf),
         'cifar_cnn': Budget(0, 10, 0, 50, math.inf),
         'cifar_resnet20': Budget(0, 10, 0, 100, math.inf),
         'cifar_local_mixer': Budget(0, 10, 0, 50, math.inf),

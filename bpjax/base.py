@@ -146,6 +146,7 @@ class UnitInfo:
     readers: the units whose first input is this unit's output, in that sense.
     outs: shape and dtype of every unit's output, in the order of the calls.
     pres: those of the outputs of affine operations, boundaries among the units.
+    all_readers: unit or boundary -> its readers, for all of the network.
     block: the block whose loss teaches the unit first, under `bpjax.local`;
       '' where that is the model's own.
     operation: the primitive of the affine operation, such as `dot_general`.
@@ -179,6 +180,8 @@ class UnitInfo:
   outs: Mapping[str, jax.ShapeDtypeStruct] = dataclasses.field(
       default_factory=dict)
   pres: Mapping[str, jax.ShapeDtypeStruct] = dataclasses.field(
+      default_factory=dict)
+  all_readers: Mapping[str, tuple[str, ...]] = dataclasses.field(
       default_factory=dict)
   block: str = ''
   operation: str = ''

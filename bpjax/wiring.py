@@ -37,6 +37,8 @@ class Wiring:
   def __init__(
       self, wiring: str | Mapping[str, str], gap: int, all_direct: bool):
     self.wiring, self.gap, self.all_direct = wiring, gap, all_direct
+    # By what all units of a network know of it: whether it is no chain.
+    self._graphs: dict[tuple[int, int], tuple[base.UnitInfo, bool]] = {}
 
   def _top_of(self, unit, order):
     """The index of the unit at the top of this one's gap."""
@@ -58,6 +60,31 @@ class Wiring:
         'chain_in_gap': -1 if i == top else i + 1,
         'meta': -1 if i == top else top}[self.wiring]]
 
+  def is_top(self, info: base.UnitInfo) -> bool:
+    """Whether a unit learns by its own exact error."""
+    if self.by_graph(info):
+      return info.is_output
+    return self.source_of(info.name, tuple(info.outs)) is None
+
+  def by_graph(self, info: base.UnitInfo) -> bool:
+    """Whether a chain's errors go down the model's graph, as gradients do.
+
+    So they do where units are no chain: where they branch, or something that no
+    unit owns, a norm or a residual, lies between two of them.
+
+    Args:
+      info: of any unit.
+    """
+    if self.wiring != 'chain' or self.all_direct:
+      return False
+    key = id(info.outs), id(info.all_readers)
+    if key not in self._graphs:  # The info is kept, so that ids stay its own.
+      order = tuple(info.outs)
+      self._graphs[key] = info, info.all_readers.keys() <= set(order) and not all(
+          after in info.all_readers[name] or self.is_direct(name, info)
+          for name, after in zip(order, order[1:]))
+    return self._graphs[key][1]
+
   def is_direct(self, unit: str, info: base.UnitInfo) -> bool:
     """Whether a unit's wire is a matrix of its own, whoever reads the unit.
 
@@ -78,6 +105,8 @@ class Wiring:
 
     Then the reader hands it down as it is to a unit with a matrix of its own.
     """
+    if self.by_graph(info):
+      return _reshapes(unit, info)
     source = self.source_of(unit, tuple(info.outs))
     if source != names.leader(source):  # Its readers are several.
       return False
@@ -87,6 +116,8 @@ class Wiring:
 
   def is_neighbour(self, info: base.UnitInfo) -> bool:
     """Whether the error comes from a unit that reads this one's output."""
+    if self.by_graph(info):
+      return not info.is_output
     return (self.source_of(info.name, tuple(info.outs)) in info.readers
             and (not self.is_direct(info.name, info)
                  or self.is_carried(info.name, info)))
@@ -100,17 +131,23 @@ class Wiring:
 
   def teaches_below(self, info: base.UnitInfo) -> bool:
     """Whether this unit's feedback brings its error to the unit that it reads."""
+    if self.by_graph(info):
+      return info.sends and info.kind != base.JOINT
     below = self.below(info)
     return below is not None and not self.is_direct(below, info)
 
   def hands_down(self, info: base.UnitInfo) -> bool:
     """Whether the unit that it reads brings this unit's error to itself."""
+    if self.by_graph(info):
+      return False
     below = self.below(info)
     return (below is not None and not info.joint
             and self.is_carried(below, info))
 
   def port(self, info: base.UnitInfo) -> str | None:
     """What a unit reads directly: 'output', a unit, or None."""
+    if self.by_graph(info):
+      return None
     outs = tuple(info.outs)
     source = self.source_of(info.name, outs)
     if source is None or self.is_neighbour(info):
@@ -138,7 +175,7 @@ class Wiring:
           'targets alone to units of its own rule; give both the same rule, or '
           'end the block of the former in a boundary '
           '(`from_linen(boundaries=...)`).')
-    if source is None or info.kind == base.BOUNDARY:
+    if source is None or self.is_top(info) or info.kind == base.BOUNDARY:
       return
     if info.pre.shape[:-1] != info.out.shape[:-1]:
       raise ValueError(

@@ -177,9 +177,16 @@ class SharingTest(float64.Float64TestCase):
     kernel = variables['params']['Dense_0']['kernel']
     slope = 1 - jnp.tanh(x @ kernel)**2
     self.assert_close(again @ kernel.T * slope, first, 1e-14)
-    with self.assertRaisesRegex(ValueError, '`Dense_0` is called 2 times'):
-      bpjax.rules.direct_feedback_alignment().init(
-          jax.random.key(1), net, variables, x)
+    dfa = bpjax.rules.direct_feedback_alignment()
+    feedback = float64.doubles(dfa.init(jax.random.key(1), net, variables, x))
+    (_, aux), (grads, _) = zoo.learn(dfa, net, LOSS)(variables, feedback, x, y)
+    error = jax.nn.softmax(aux.output) - jax.nn.one_hot(y, 3)
+    once = jnp.tanh(x @ kernel)
+    twice = jnp.tanh(once @ kernel)
+    upper = error @ feedback['Dense_1'] * (1 - twice**2)
+    lower = error @ feedback['Dense_0'] * (1 - once**2)
+    self.assert_close(
+        grads['Dense_0']['kernel'], (once.T @ upper + x.T @ lower) / 4, 1e-14)
 
 
 class MemoryTest(parameterized.TestCase):

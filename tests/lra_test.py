@@ -397,20 +397,6 @@ class RefusedTest(parameterized.TestCase):
       jax.eval_shape(
           rule.value_and_grad(net, _LOSS), variables, feedback, x, y)
 
-  @parameterized.parameters('norm', 'residual')
-  def test_a_target_through_what_no_unit_owns(self, kind):
-
-    class Between(nn.Module):
-
-      @nn.compact
-      def __call__(self, x):
-        x = bpjax.nn.Layer(functools.partial(nn.Dense, 5), nn.tanh)(x)
-        x = nn.LayerNorm()(x) if kind == 'norm' else (
-            x + bpjax.nn.Layer(functools.partial(nn.Dense, 5), nn.tanh)(x))
-        return nn.Dense(3)(x)
-
-    self.refuse(_CHAIN(), Between(), 'something that no unit owns')
-
   @parameterized.parameters(
       ({'unit_1': 'unit_9'}, 'no unit'),
       ({'unit_1': 'output'}, 'has none for `unit_2`'),

@@ -10,6 +10,7 @@ import warnings
 from bpjax import base
 from bpjax import paths
 import jax
+import jax.numpy as jnp
 
 
 def check_any_unit(survey: Any, rule: str) -> None:
@@ -28,6 +29,16 @@ def check_affine_alone(survey: Any, rule: str) -> None:
         f'rule `{rule}` trains the affine operations of units alone, and '
         f'parameter `{leaf}` of this network is part of none; use a model '
         'without it, or another rule.')
+
+
+def check_real(survey: Any, rule: str) -> None:
+  """Raises for complex numbers at a unit, whose states have to be real."""
+  for name, info in survey.units.infos.items():
+    for leaf in (info.pre, *info.inputs, *jax.tree.leaves(info.params)):
+      if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+        raise ValueError(
+            f'rule `{rule}` needs real numbers, and unit `{name}` has complex '
+            'ones; keep real and imaginary parts in parameters of their own.')
 
 
 def check_loops(survey: Any, rule: str) -> None:
@@ -76,7 +87,7 @@ def check_sources(sources: Mapping[str, str], survey: Any) -> None:
 def check_unit(
     name: str, info: base.UnitInfo, label: str, rule: Any, survey: Any) -> None:
   """Raises for a unit that a rule of the credit engine cannot handle."""
-  if info.calls > 1 and rule.port(info) is not None:
+  if info.calls > 1 and rule.port(info) not in (None, 'output'):
     raise ValueError(
         f'unit `{name}` is called {info.calls} times in one forward pass, and '
         f'rule `{label}` brings the error to each unit once; give each call a '

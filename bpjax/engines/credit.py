@@ -65,6 +65,8 @@ class Rule:
       that the rule is to train, together, are none that it can.
     learns_feedback: whether an optimiser may touch the feedback; or, path of a
       leaf -> whether it may touch that.
+    follows: whether feedback in the place of a parameter gets the very update of
+      that parameter, whatever view of it the unit reads.
     stochastic: whether `backward` draws random numbers (`signal.key`).
     mirrors: whether the feedback learns from noise, not from the data, so that
       a trainer may choose at which steps it does.
@@ -92,6 +94,7 @@ class Rule:
   port: Callable[[base.UnitInfo], str | None] = no_port
   check_units: Callable[[Mapping[str, base.UnitInfo]], None] = any_units
   learns_feedback: bool | Callable[[str], bool] = False
+  follows: bool = False
   stochastic: bool = False
   mirrors: bool = False
   counts: bool = False
@@ -481,12 +484,21 @@ class Rule:
     for _ in range(depth + bool(readouts)):
       *_, errors = pull(cotangents(errors))
     *grads, _ = pull(cotangents(errors))
-    # Feedback may hold whole numbers, which have no gradient: zeros of theirs.
-    grads = jax.tree.map(
-        lambda g, x: jnp.zeros_like(x) if g.dtype == jax.dtypes.float0 else g,
-        tuple(grads), (params, feedback, probes))
+    grads = reduction_lib.with_whole(tuple(grads), (params, feedback, probes))
+    grads = grads[0], self._followed(grads[0], grads[1]), grads[2]
     aux = base.Aux(output, state, self._advanced(given, survey))
     return jnp.mean(losses), aux, grads, count
+
+  def _followed(self, updates, learned):
+    """The feedback's updates, with those of parameters where a rule says so."""
+    own = paths.leaves(updates)
+
+    def of(name, update):
+      if name not in own or name.startswith(SHARED):
+        return update
+      return own[name] if self._rule_of_leaf(name).follows else update
+
+    return paths.map_with_name(of, learned)
 
   def tokens(self, infos: Mapping[str, base.UnitInfo]) -> dict[str, base.Array]:
     """Block -> the zero that brings the error of its output to the units' ports."""

@@ -23,6 +23,13 @@ def check(reduction: Reduction) -> None:
           f'to them, got {value!r}.')
 
 
+def with_whole(updates: Any, tree: Any) -> Any:
+  """Updates with zeros of their own for whole numbers, which have no gradient."""
+  return jax.tree.map(
+      lambda g, x: jnp.zeros_like(x) if g.dtype == jax.dtypes.float0 else g,
+      updates, tree)
+
+
 def check_losses(losses: Any, output: Any) -> None:
   """Raises a ValueError unless there is a loss for every example."""
   batches = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(output)} - {()}

@@ -75,6 +75,7 @@ class Rule(engine.Base):
   def check(self, survey: Any) -> None:
     """Raises a ValueError for a network that the rule cannot train."""
     checks.check_any_unit(survey, self.name)
+    checks.check_real(survey, self.name)
     for module in survey.batch_coupled:
       raise ValueError(
           f'`{module}` normalises over the batch, which would couple the states '
@@ -189,7 +190,8 @@ class Rule(engine.Base):
         energy, (output, _) = system.energy(params, states)
         return energy + cost(beta)(output)
 
-      return jax.grad(total)(params)
+      return reduction_lib.with_whole(
+          jax.grad(total, allow_int=True)(params), params)
 
     after, before, least = nudged(beta), free, 0.
     if self.nudge == 'symmetric':

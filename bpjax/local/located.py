@@ -186,9 +186,10 @@ class Judge:
       self, plan: Any, leaf: base.Array, reached: Any, change: Any
   ) -> base.Array:
     """One perturbation times the change of the losses that it can reach."""
-    first, *rest = [_times(plan, leaf, change[name], axes)
-                    for name, axes in reached.items()]
-    return sum(rest, first)
+    changes = [_times(plan, leaf, change[name], axes)
+               for name, axes in reached.items()]
+    # One that reaches no loss changes nothing.
+    return sum(changes[1:], changes[0]) if changes else jnp.zeros_like(leaf)
 
 
 def _rows(losses):

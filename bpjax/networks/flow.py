@@ -283,7 +283,8 @@ class _Graph:
       return
     name = visited(step)
     if name is not None:
-      self.units.append((name, nodes(step.inputs), (ctx, step.out)))
+      given = [v for v in step.inputs if v not in step.untrained]
+      self.units.append((name, nodes(given), (ctx, step.out)))
     if step.how == 'mark' and self._cuts is not None:
       kind, _, module = step.name.partition(':')
       if kind == 'leave' and self._cuts.leave(module) is not None:

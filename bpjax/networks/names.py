@@ -59,8 +59,10 @@ def name_units(plan, sizes, chosen):
     module = module_of(principal, chosen)
     base_path, first = module, module
     alone = len(modules[module]) == 1 and (
-        module or principal[0] in ('kernel', 'embedding'))
-    if not alone and len(principal) == 1:
+        module or principal[0] in ('kernel', 'embedding')) and not any(
+            other != module and paths.is_inside(other, module)
+            for other in modules if module)
+    if not alone and (len(principal) == 1 or not module):
       first = principal[0]
     name = first
     if name in used:

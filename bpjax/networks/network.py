@@ -228,8 +228,14 @@ class Network:
 
     closed, shape, notes = trace(x)
     flat = trace_lib.Flattener()
-    grown = _Growth(closed, lambda: trace(_twice(x))[0], _batch(x), flat)
+    size = _batch(x, shape[0])
+    grown = _Growth(closed, lambda: trace(_twice(x, size))[0], size, flat)
     names = paths.leaf_names(params)
+    for name in names:
+      if names.count(name) > 1:
+        raise ValueError(
+            f'two parameters have the path `{name}`, since keys are joined with '
+            '`/`; rename one of them.')
     kinds = [trace_lib.View((name,)) for name in names]
     kinds += [trace_lib.CONST] * len(jax.tree.leaves(state))
     kinds += [trace_lib.DATA] * len(jax.tree.leaves(x))
@@ -248,7 +254,7 @@ class Network:
     flow = flow_lib.follow(plan, len(outputs))
     parts = survey_lib.error_parts(plan, flow, entries)
     error = jax.eval_shape(
-        lambda o: reduction_lib.errors_together(o, _batch(x)),
+        lambda o: reduction_lib.errors_together(o, size),
         [outputs[p] if isinstance(p, int) else survey_lib.pre_of(entries[p])
          for p in parts])
     if len(parts) == 1 and parts[0] == 0:
@@ -301,7 +307,7 @@ class Network:
         continue
       weights = {entry.relative(leaf) for leaf in entry.principal}
       for leaf, value in zip(paths.leaf_names(own), jax.tree.leaves(own)):
-        around = entry.base if leaf in weights else name
+        around = entry.base if leaf in weights else _beside(entry)
         _put(feedback, f'{around}/{leaf}' if around else leaf, value)
       if weights & set(paths.leaf_names(own)):
         for leaf in entry.others:
@@ -467,8 +473,16 @@ def _twin(feedback, name):
   return None if isinstance(found, Mapping) else found
 
 
+def _beside(entry):
+  """Where a rule keeps what is not in the place of the unit's parameters."""
+  return f'{entry.name}#' if entry.name in entry.principal else entry.name
+
+
 def _held(feedback, entry, weights):
   """What a rule keeps at a unit besides weights in the place of parameters."""
+  part = paths.subtree(feedback, _beside(entry))
+  if part is not None and entry.name in entry.principal:
+    return part
   part = paths.of_unit(feedback, entry.name)
   if not isinstance(part, Mapping):
     return None if entry.name in entry.principal and not isinstance(
@@ -534,9 +548,8 @@ def _pass_mark(step, env, flow, visit, owners, cuts):
   return cuts.onward(name, value) if stops else value
 
 
-def _twice(x):
+def _twice(x, size):
   """`x` with twice the batch, as shapes."""
-  size = _batch(x)
 
   def double(leaf):
     shape = jnp.shape(leaf)
@@ -547,10 +560,13 @@ def _twice(x):
   return jax.tree.map(double, x)
 
 
-def _batch(x):
-  """The number of examples: the size of the first axis of the first array."""
-  return next((jnp.shape(leaf)[0] for leaf in jax.tree.leaves(x)
-               if jnp.ndim(leaf)), None)
+def _batch(x, output):
+  """The number of examples: the size of the first axis of the first input of
+  whose size an output has a row each, or of the first input."""
+  first = lambda tree: [
+      jnp.shape(leaf)[0] for leaf in jax.tree.leaves(tree) if jnp.ndim(leaf)]
+  rows = first(output)
+  return next((n for n in (*(n for n in first(x) if n in rows), *first(x))), None)
 
 
 class _Growth:

@@ -146,12 +146,21 @@ def take(net, traced, variables, cuts=None):
         shared.get(n, n) for n in info.readers)
     unit.info = dataclasses.replace(
         info, outs=outs, pres=pres, readers=tuple(readers))
+  all_readers = {n: unit.info.readers for n, unit in units.items()
+                 if not unit.info.joint}
+  for unit in units.values():
+    unit.info = dataclasses.replace(unit.info, all_readers=all_readers)
   boundaries = [n for n in names if n not in traced.entries]
   owned = {leaf for e in traced.entries.values()
            for leaf in (*e.principal, *e.others, *e.biases)}
+  # How many parameters the view is made of in which one has part.
+  inside = {leaf: len((*e.principal, *e.others)) for e in traced.entries.values()
+            for leaf in (*e.principal, *e.others)}
   exact_sizes = {
-      leaf: paths.subtree(variables['params'], leaf).size
-      for leaf in traced.exact if leaf not in owned}
+      leaf: jnp.size(paths.subtree(variables['params'], leaf))
+      for leaf, by in traced.exact.items()
+      if leaf not in owned or inside.get(leaf, 1) > 1 and set(
+          by) & set(trace_lib.PRODUCTS)}
   check_boundaries(net.boundaries, names, boundaries)
   return Survey(
       units=Units(units, traced.exact, net.flags), output=traced.output,
@@ -220,8 +229,9 @@ def _examples(traced):
   size = next((o.shape[0] for o in jax.tree.leaves(traced.output)
                if jnp.ndim(o)), None)
   calls = [s for s, _ in traced.plan.walk() if s.how == 'unit']
-  if all(v.aval.shape[:1] == (size,) for s in calls
-         for v in (*s.inputs[:1], s.out)):
+  shapes = [v.aval.shape for s in calls for v in (*s.inputs[:1], s.out)]
+  # Of two axes of that size, either may be the examples'.
+  if all(s[:1] == (size,) and size not in s[1:] for s in shapes):
     return {}
   outs = [{str(i): reach_lib.identity(o.shape)[:1]}
           if o.shape[:1] == (size,) else {}
@@ -231,7 +241,8 @@ def _examples(traced):
 
   def place(reached):
     digits = {axes[0] for axes in reached.values() if axes}
-    (digit, *more), = digits if len(digits) == 1 else [(None,)]
+    (digit, *more), = digits if len(digits) == 1 and () not in digits else [
+        (None,)]
     if more or digit is None or digit[1] is None or digit[1][0] < 0:
       return None
     return *digit[1], digit[0]

@@ -17,6 +17,7 @@ from bpjax import feedback as feedback_lib
 from bpjax import paths
 from bpjax import projection
 from bpjax.engines import base as engine
+from bpjax.engines import checks
 from bpjax.engines import credit
 from bpjax.engines import reduction as reduction_lib
 from bpjax.networks import examples
@@ -130,10 +131,29 @@ class _Direct(engine.Base):
     self._forward, self._sigma, self._decay = forward, sigma, decay
 
   def init(self, key, net, variables, x):
-    return self._forward.init(key, net, variables, x)
+    feedback = self._forward.init(key, net, variables, x)
+    survey = net.survey(variables, x)
+    self.check(survey)
+    infos = survey.units.infos
+    for step, around in net.traced(variables, x).plan.walk():
+      q = paths.of_unit(feedback, step.name) if step.how == 'unit' else None
+      if q is not None and any(s.how == 'scan' for s in around) and (
+          q.ndim == len(projection.feedback_shape(infos[step.name]))):
+        raise ValueError(
+            f'rule `{self.name}` needs the reply to noise in each call, and a loop '
+            f'calls unit `{step.name}` again and again with the same weights; use '
+            'direct feedback alignment there.')
+    return feedback
 
   def check(self, survey):
     self._forward.check(survey)
+    checks.check_real(survey, self.name)
+    for name, info in survey.units.infos.items():
+      if info.calls > 1 and projection.sends(info):
+        raise ValueError(
+            f'unit `{name}` is called {info.calls} times in one forward pass, and '
+            f'rule `{self.name}` needs the reply to noise in each call; give each '
+            'call a unit of its own.')
 
   def trainable(self, feedback):
     return self._forward.trainable(feedback)

@@ -75,6 +75,7 @@ class _ForwardForward(engine.Base):
   def check(self, survey):
     super().check(survey)
     checks.check_affine_alone(survey, self.name)
+    checks.check_real(survey, self.name)
 
   def init(self, key, net, variables, x):
     survey = self.seen_by(net, variables, x).survey(variables, x)
@@ -122,8 +123,9 @@ class _ForwardForward(engine.Base):
       separation = sum(jax.tree.leaves(terms)) * losses.size
       return jnp.sum(losses) + separation, (losses, output, state)
 
-    grads, (losses, output, state) = jax.grad(total, has_aux=True)(
-        variables['params'])
+    grads, (losses, output, state) = jax.grad(
+        total, has_aux=True, allow_int=True)(variables['params'])
+    grads = reduction.with_whole(grads, variables['params'])
     return jnp.mean(losses), base.Aux(output, state), grads, losses.size
 
   def _run(self, net, variables, x, labels, key, train=True):

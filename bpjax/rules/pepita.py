@@ -70,6 +70,7 @@ class _Pepita(engine.Base):
   def check(self, survey):
     super().check(survey)
     checks.check_affine_alone(survey, self.name)
+    checks.check_real(survey, self.name)
 
   def init(self, key, net, variables, x):
     super().init(key, net, variables, x)
@@ -150,5 +151,7 @@ class _Pepita(engine.Base):
           changed, visit, key, [base.TERMS])
       return sum(jnp.sum(term) for term in jax.tree.leaves(kept[base.TERMS]))
 
-    grads = jax.grad(agreement)(variables['params'])
+    grads = reduction.with_whole(
+        jax.grad(agreement, allow_int=True)(variables['params']),
+        variables['params'])
     return jnp.mean(losses), base.Aux(output, state), grads, losses.size

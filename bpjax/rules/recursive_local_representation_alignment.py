@@ -99,7 +99,8 @@ def recursive_local_representation_alignment(
 
   Raises:
     ValueError: for a value out of range; for a wire between neighbours with
-      something between them that no unit owns, an unknown unit, or a cycle.
+      something between them that no unit owns (in gaps; the chain of all units
+      goes along the model's graph then), an unknown unit, or a cycle.
 
   Example:
     >>> import bpjax
@@ -138,10 +139,12 @@ def recursive_local_representation_alignment(
 
   def read_by(info):
     """What a matrix of the unit's own projects, as a shape; None without one."""
-    source = wires.source_of(info.name, tuple(info.outs))
-    if source is None or wires.is_neighbour(info) and not wires.is_carried(
-        info.name, info):
+    if info.joint or wires.is_top(info) or (
+        wires.is_neighbour(info) and not wires.is_carried(info.name, info)):
       return None
+    if wires.by_graph(info):
+      return info.out
+    source = wires.source_of(info.name, tuple(info.outs))
     if wires.port(info) == wiring_lib.OUTPUT:
       return info.net_output
     return info.outs[source]
@@ -184,7 +187,7 @@ def recursive_local_representation_alignment(
       read = mixed(read)
     if info.joint:
       error = signal.teaching
-    elif wires.source_of(info.name, tuple(info.outs)) is None:
+    elif wires.is_top(info):
       # Of the loss at the pre-activation, whatever the unit ends in.
       error = signal.teaching
       if info.kind != base.BOUNDARY:
@@ -202,8 +205,11 @@ def recursive_local_representation_alignment(
           activations.out - target, signal.mask, info.examples)
     if not info.joint:
       error = mixed(error)
-    delta = base.Delta(error.astype(activations.pre.dtype))
-    if error.shape != activations.pre.shape:  # Of |h - t|^2 / 2, in the unit.
+    pre = activations.pre
+    alike = error.shape == pre.shape and (
+        jnp.iscomplexobj(error) == jnp.iscomplexobj(pre))
+    delta = base.Delta(error.astype(pre.dtype) if alike else error)
+    if not alike:  # Of |h - t|^2 / 2, in the unit.
       delta = base.Delta(unit.delta(params, activations, error).pre)
     updates = unit.params_vjp(params, activations, delta)
     messages = (None,) * len(activations.inputs)

@@ -26,6 +26,9 @@ def spsa(epsilon: float = 1e-3, samples: int = 1) -> engine.Base:
   its variance grows with the number of weights, so that training from scratch
   is slow and fine-tuning is where it is used.
 
+  It sees no derivatives, and so no `stop_gradient`: freeze weights in the
+  optimiser (`optax.masked`), or keep them out of the parameters.
+
   What fails: rates of backprop (ours are a hundred times smaller); an epsilon so
   small that the losses differ by rounding alone.
 

@@ -113,6 +113,10 @@ def propagation(
 
   def check_units(units):
     for unit, info in units.items():
+      if jnp.issubdtype(info.pre.dtype, jnp.complexfloating):
+        raise ValueError(
+            f'rule `{name}` needs real numbers, and unit `{unit}` has complex '
+            'ones; keep real and imaginary parts in parameters of their own.')
       if info.kind == base.BOUNDARY or info.is_output:
         continue
       if len(info.readers) != 1:

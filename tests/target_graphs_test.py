@@ -1,4 +1,4 @@
-"""Units that share what follows them, under rules that set targets."""
+"""Units that share what follows them, or are no chain, under LRA."""
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -85,7 +85,7 @@ def _updates(rule, net, variables, feedback, x):
       variables, feedback, x, jnp.arange(_BATCH) % 5)[1]
 
 
-class JointTest(float64.Float64TestCase):
+class GraphsTest(float64.Float64TestCase):
 
   @parameterized.product(rule=tuple(_RULES), heads=(False, True))
   def test_queries_keys_and_values_as_one_product(self, rule, heads):
@@ -198,6 +198,66 @@ class JointTest(float64.Float64TestCase):
     for name, leaf in zip(bpjax.paths.leaf_names(updates),
                           jax.tree.leaves(updates)):
       self.assertGreater(jnp.abs(leaf).max(), 0, name)
+
+  @parameterized.parameters('norm', 'residual', 'branch')
+  def test_a_chain_is_a_graph_where_units_are_none(self, kind):
+
+    class Between(nn.Module):
+
+      @nn.compact
+      def __call__(self, x):
+        x = nn.tanh(nn.Dense(5, name='a')(x))
+        if kind == 'norm':
+          x = nn.LayerNorm(name='norm')(x)
+        elif kind == 'residual':
+          x = x + nn.tanh(nn.Dense(5, name='b')(x))
+        right = nn.LayerNorm(name='norm')(x) if kind == 'branch' else x
+        return nn.Dense(2, name='left')(x), nn.Dense(3, name='right')(right)
+
+    def loss(outputs, y):
+      return sum(bpjax.losses.squared_error(o, jnp.ones_like(o) * y[:, None])
+                 for o in outputs)
+
+    x = jax.random.normal(jax.random.key(3), (4, 7))
+    y = jnp.arange(4.)
+    net, variables, x = float64.setup(Between(), x)
+    rule, beta = bpjax.rules.local_representation_alignment(beta=.3), .3
+    feedback = float64.doubles(rule.init(jax.random.key(1), net, variables, x))
+    hidden = {'residual': ['b']}.get(kind, [])
+    self.assertEqual(sorted(feedback), [*hidden, 'left', 'right'])
+    (_, aux), (updates, synapses) = jax.jit(rule.value_and_grad(net, loss))(
+        variables, feedback, x, y)
+    p, e_w, data = jax.tree.map(np.asarray, (
+        variables['params'], feedback, x))
+    h = np.tanh(data @ p['a']['kernel'] + p['a']['bias'])
+    errors = [np.asarray(o - y[:, None]) for o in aux.output]
+    messages = [e @ e_w[n]['kernel'].T for e, n in zip(
+        errors, ('left', 'right'))]
+    if kind == 'branch':  # That of `right` passes the norm, exactly.
+      _, pull = jax.vjp(lambda h: nn.LayerNorm().apply(
+          {'params': p['norm']}, h), jnp.asarray(h))
+      messages[1] = np.asarray(pull(jnp.asarray(messages[1]))[0])
+    message = sum(messages)
+
+    def moved(pre, d):
+      phi = np.tanh
+      if kind == 'norm':  # It is the unit's own.
+        phi = lambda a: np.asarray(nn.LayerNorm().apply(
+            {'params': p['norm']}, np.tanh(a)))
+      return phi(pre) - phi(pre - beta * d)
+
+    expected = {}
+    if kind == 'residual':  # No message goes by the skip.
+      of_b = np.tanh(h @ p['b']['kernel'] + p['b']['bias']) - np.tanh(
+          h @ p['b']['kernel'] + p['b']['bias'] - beta * message)
+      expected['b'] = h.T @ of_b / 4
+      message = of_b @ e_w['b']['kernel'].T
+    expected['a'] = data.T @ moved(np.arctanh(h), message) / 4
+    for name, update in expected.items():
+      self.assert_close(updates[name]['kernel'], update, 1e-12)
+      if name in synapses:
+        self.assert_close(synapses[name]['kernel'], update, 1e-12)
+    self.assertNotIn('a', synapses)
 
   def test_a_step_goes_down_the_loss(self):
     x = jax.random.normal(jax.random.key(3), (_BATCH, 3, 7))

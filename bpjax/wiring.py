@@ -75,12 +75,13 @@ class Wiring:
     Args:
       info: of any unit.
     """
-    if self.wiring != 'chain' or self.all_direct:
+    if self.wiring != 'chain' or self.all_direct or not (
+        info.all_readers.keys() <= info.outs.keys()):
       return False
     key = id(info.outs), id(info.all_readers)
     if key not in self._graphs:  # The info is kept, so that ids stay its own.
       order = tuple(info.outs)
-      self._graphs[key] = info, info.all_readers.keys() <= set(order) and not all(
+      self._graphs[key] = info, not all(
           after in info.all_readers[name] or self.is_direct(name, info)
           for name, after in zip(order, order[1:]))
     return self._graphs[key][1]

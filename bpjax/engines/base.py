@@ -10,6 +10,7 @@ from bpjax import base
 from bpjax import feedback as feedback_lib
 from bpjax.engines import checks
 from bpjax.engines import reduction as reduction_lib
+from bpjax.networks import segments
 import jax
 import jax.numpy as jnp
 
@@ -20,7 +21,9 @@ class Base(feedback_lib.NoFeedback):
   """A rule without feedback that trains a network as a whole.
 
   A subclass has a `name` and `differentiate`; it is a rule then, for
-  `bpjax.testing.check_rule` and wherever a whole network is trained.
+  `bpjax.testing.check_rule` and wherever a whole network is trained. With a
+  `segment`, as of `bpjax.engines.credit.Rule`, units own what follows their affine
+  operation.
 
   Example:
     >>> import bpjax, jax, jax.numpy as jnp
@@ -42,6 +45,7 @@ class Base(feedback_lib.NoFeedback):
     ...     return jnp.mean(a), bpjax.Aux(run[0], run[1]), grads, a.size
   """
   name: str
+  segment: str | None = None
   _no_bind = 'trains the network as a whole'
 
   def differentiate(
@@ -80,9 +84,11 @@ class Base(feedback_lib.NoFeedback):
   def seen_by(
       self, net: base.Network, variables: Mapping[str, Any], x: Any
   ) -> base.Network:
-    """The network as the rule divides it into units: as it is."""
-    del variables, x
-    return net
+    """The network whose units own as much as `segment` says."""
+    if self.segment is None:
+      return net
+    return net.owning(dict.fromkeys(
+        net.survey(variables, x).units, segments.Policy(self.segment)))
 
   def infos(self, net, variables, x) -> Mapping[str, base.UnitInfo]:
     """Unit -> what is known of it before any data."""

@@ -31,9 +31,9 @@ def check_affine_alone(survey: Any, rule: str) -> None:
         'without it, or another rule.')
 
 
-def check_real(survey: Any, rule: str) -> None:
-  """Raises for complex numbers at a unit, whose states have to be real."""
-  for name, info in survey.units.infos.items():
+def check_real(units: Mapping[str, base.UnitInfo], rule: str) -> None:
+  """Raises for complex numbers at a unit, for rules that cannot have them."""
+  for name, info in units.items():
     for leaf in (info.pre, *info.inputs, *jax.tree.leaves(info.params)):
       if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
         raise ValueError(

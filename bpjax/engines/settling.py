@@ -20,7 +20,6 @@ from bpjax.engines import checks
 from bpjax.engines import credit
 from bpjax.engines import reduction as reduction_lib
 from bpjax.networks import examples
-from bpjax.networks import network
 from bpjax.networks import segments
 from bpjax.networks import unit as unit_lib
 import jax
@@ -63,19 +62,12 @@ class Rule(engine.Base):
   beta: float
   nudge: str
   _no_bind = 'lets the network settle'
-
-  def seen_by(
-      self, net: network.Network, variables: Mapping[str, Any], x: Any
-  ) -> network.Network:
-    """The network whose units own their nonlinearity."""
-    return net.owning(
-        dict.fromkeys(
-            net.survey(variables, x).units, segments.Policy(segments.SHAPE)))
+  segment = segments.SHAPE
 
   def check(self, survey: Any) -> None:
     """Raises a ValueError for a network that the rule cannot train."""
     checks.check_any_unit(survey, self.name)
-    checks.check_real(survey, self.name)
+    checks.check_real(survey.units.infos, self.name)
     for module in survey.batch_coupled:
       raise ValueError(
           f'`{module}` normalises over the batch, which would couple the states '
@@ -89,7 +81,7 @@ class Rule(engine.Base):
           '[0, 1] already.')
 
   def particles(
-      self, net: network.Network, variables: Mapping[str, Any], x: Any
+      self, net: base.Network, variables: Mapping[str, Any], x: Any
   ) -> base.Tree:
     """States to begin with: nested as `params` is, then by call.
 
@@ -106,7 +98,7 @@ class Rule(engine.Base):
     self.check(net.survey(variables, x))
     return _System(self, net, variables, x, None).start()
 
-  def predict(self, net: network.Network) -> Callable[..., Any]:
+  def predict(self, net: base.Network) -> Callable[..., Any]:
     """`(variables, x) -> output` at the end of a free phase from `particles`."""
 
     def predict(variables, x):
@@ -120,7 +112,7 @@ class Rule(engine.Base):
     return predict
 
   def value_and_grad(
-      self, net: network.Network, loss: base.Loss, *,
+      self, net: base.Network, loss: base.Loss, *,
       reduction: str | Mapping[str, str] = 'mean') -> Callable[..., Any]:
     """As `bpjax.engines.credit.Rule.value_and_grad`.
 

@@ -246,7 +246,8 @@ class Network:
     points = names_lib.name_contacts(plan, entries)
     names_lib.place(plan)
     outputs = jax.tree.leaves(shape[0])
-    marked = {name: segments.Policy(segments.MARK) for name in chosen if name in entries}
+    marked = {name: segments.Policy(segments.MARK)
+              for name in chosen if name in entries}
     mixed = segments.own(
         plan, {**self._own, **marked}, len(outputs))
     flow_lib.note_stacked(plan)
@@ -480,9 +481,10 @@ def _beside(entry):
 
 def _held(feedback, entry, weights):
   """What a rule keeps at a unit besides weights in the place of parameters."""
-  part = paths.subtree(feedback, _beside(entry))
-  if part is not None and entry.name in entry.principal:
-    return part
+  if entry.name in entry.principal:
+    part = paths.subtree(feedback, _beside(entry))
+    if part is not None:
+      return part
   part = paths.of_unit(feedback, entry.name)
   if not isinstance(part, Mapping):
     return None if entry.name in entry.principal and not isinstance(
@@ -565,8 +567,8 @@ def _batch(x, output):
   whose size an output has a row each, or of the first input."""
   first = lambda tree: [
       jnp.shape(leaf)[0] for leaf in jax.tree.leaves(tree) if jnp.ndim(leaf)]
-  rows = first(output)
-  return next((n for n in (*(n for n in first(x) if n in rows), *first(x))), None)
+  sizes, rows = first(x), first(output)
+  return next((n for n in sizes if n in rows), sizes[0] if sizes else None)
 
 
 class _Growth:

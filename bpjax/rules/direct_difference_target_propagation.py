@@ -147,7 +147,7 @@ class _Direct(engine.Base):
 
   def check(self, survey):
     self._forward.check(survey)
-    checks.check_real(survey, self.name)
+    checks.check_real(survey.units.infos, self.name)
     for name, info in survey.units.infos.items():
       if info.calls > 1 and projection.sends(info):
         raise ValueError(

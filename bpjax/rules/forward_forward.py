@@ -64,18 +64,15 @@ def forward_forward(
 class _ForwardForward(engine.Base):
   """The rule."""
   name = 'forward_forward'
+  segment = segments.SHAPE
 
   def __init__(self, threshold, label_scale):
     self._threshold, self._label_scale = threshold, label_scale
 
-  def seen_by(self, net, variables, x):
-    return net.owning(dict.fromkeys(
-        net.survey(variables, x).units, segments.Policy(segments.SHAPE)))
-
   def check(self, survey):
     super().check(survey)
     checks.check_affine_alone(survey, self.name)
-    checks.check_real(survey, self.name)
+    checks.check_real(survey.units.infos, self.name)
 
   def init(self, key, net, variables, x):
     survey = self.seen_by(net, variables, x).survey(variables, x)

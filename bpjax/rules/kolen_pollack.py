@@ -56,4 +56,5 @@ def kolen_pollack(scale: float = 1.) -> credit.Rule:
 
   return credit.Rule(
       name='kolen_pollack', init_unit=alignment.init_unit, backward=backward,
-      learns_feedback=True, linear=True, follows=True, weight_target=alignment.weight_target)
+      learns_feedback=True, linear=True, follows=True,
+      weight_target=alignment.weight_target)

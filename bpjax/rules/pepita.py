@@ -59,18 +59,15 @@ def pepita(scale: float = .05) -> engine.Base:
 class _Pepita(engine.Base):
   """The rule."""
   name = 'pepita'
+  segment = segments.SHAPE
 
   def __init__(self, scale):
     self._scale = scale
 
-  def seen_by(self, net, variables, x):
-    return net.owning(dict.fromkeys(
-        net.survey(variables, x).units, segments.Policy(segments.SHAPE)))
-
   def check(self, survey):
     super().check(survey)
     checks.check_affine_alone(survey, self.name)
-    checks.check_real(survey, self.name)
+    checks.check_real(survey.units.infos, self.name)
 
   def init(self, key, net, variables, x):
     super().init(key, net, variables, x)

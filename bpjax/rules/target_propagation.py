@@ -10,6 +10,7 @@ from bpjax import activations as activations_lib
 from bpjax import arguments
 from bpjax import base
 from bpjax import feedback as feedback_lib
+from bpjax.engines import checks
 from bpjax.engines import credit
 from bpjax.networks import examples
 import jax
@@ -112,11 +113,8 @@ def propagation(
             and info.pre.shape != info.out.shape)
 
   def check_units(units):
+    checks.check_real(units, name)
     for unit, info in units.items():
-      if jnp.issubdtype(info.pre.dtype, jnp.complexfloating):
-        raise ValueError(
-            f'rule `{name}` needs real numbers, and unit `{unit}` has complex '
-            'ones; keep real and imaginary parts in parameters of their own.')
       if info.kind == base.BOUNDARY or info.is_output:
         continue
       if len(info.readers) != 1:

@@ -198,6 +198,24 @@ class UnitInfo:
       raise AttributeError(f'the info of a unit has no {name!r}; it has {known}')
 
 
+class _Recorded(UnitInfo):
+  """Remembers in `_read` which fields were read, with their values."""
+
+  def __getattribute__(self, name):
+    value = super().__getattribute__(name)
+    if name in UnitInfo.__dataclass_fields__:
+      super().__getattribute__('__dict__')['_read'][name] = value
+    return value
+
+
+def recorded(info: UnitInfo) -> tuple[UnitInfo, dict[str, Any]]:
+  """A copy of an info, and what is read of it from now on: field -> value."""
+  copy, read = object.__new__(_Recorded), {}
+  vars(copy).update(vars(info), _read=read)
+  read.clear()
+  return copy, read
+
+
 class Delta(NamedTuple):
   """A signal before the unit's activation, and what the activation itself owns.
 

@@ -1,6 +1,7 @@
 """Feedback of many units is drawn together: each as alone, what is alike once."""
 
 import bpjax
+from bpjax import drawing
 from bpjax import feedback as feedback_lib
 from bpjax import projection
 import jax
@@ -33,19 +34,98 @@ def test_each_is_drawn_as_alone(lengths):
   def draw(key, info, params):
     return feedback_lib.draw(key, info, params, scale=2.)
 
-  drawn = feedback_lib.drawn_together(key, {
-      name: feedback_lib.Drawer(draw, info, info.params, lengths)
+  drawn = drawing.drawn_together(key, {
+      name: drawing.Drawer(draw, info, info.params, lengths)
       for name, info in infos.items()})
   for i, (name, info) in enumerate(infos.items()):
     one = lambda key: draw(key, info, info.params)  # pylint: disable=cell-var-from-loop
     for _ in lengths:
       one = jax.vmap(one)
-    own = jax.random.fold_in(key, i)
+    own = jax.random.fold_in(jax.random.split(key)[0], i)
     alone = one(jax.random.split(own, lengths) if lengths else own)
     assert jax.tree.structure(alone) == jax.tree.structure(drawn[name])
     for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(drawn[name])):
       assert a.shape == b.shape[:len(lengths)] + (5, 5)
-      np.testing.assert_allclose(a, b, rtol=1e-6)
+      np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize('double', [False, True])
+def test_parts_are_the_numbers_of_a_whole_draw(double):
+  """Many shapes and types from one loop; inside a program of the caller's, too."""
+  infos = _told(*_network())
+  shapes = [(1,), (3, 7), (70_001,), (2, 65_536), (129, 5), (0, 4)]
+  types = [jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64]
+
+  def draw(key, info, params):
+    del params
+    number = int(info.name[len('layer_')])
+    dtype = jnp.dtype(types[number % (4 if double else 3)])
+    a, b = jax.random.split(key)
+    drawn = feedback_lib.normal(a, shapes[number], dtype)
+    return {'a': drawn, 'b': 2 * feedback_lib.normal(b, shapes[-2], dtype),
+            'late': feedback_lib.normal(
+                jax.random.fold_in(b, jnp.sum(drawn > 0)), (6,), dtype)}
+
+  def alone(i):
+    own = jax.random.fold_in(jax.random.split(key)[0], i)
+    return jax.jit(lambda key: draw(key, infos[f'layer_{i}'], {}))(own)
+
+  with jax.enable_x64(double):
+    key = jax.random.key(3)
+    made = lambda key: drawing.drawn_together(key, {
+        name: drawing.Drawer(draw, info, {}) for name, info in infos.items()})
+    for drawn in (made(key), jax.jit(made)(key)):
+      assert list(drawn) == list(infos)
+      for i, name in enumerate(infos):
+        for a, b in zip(
+            jax.tree.leaves(alone(i)), jax.tree.leaves(drawn[name]), strict=True):
+          assert a.dtype == b.dtype and a.shape == b.shape
+          np.testing.assert_array_equal(a, b)
+
+
+def test_other_keys_draw_as_they_do_alone():
+  infos = _told(*_network(2))
+  draw = lambda key, info, params: feedback_lib.draw(key, info, params, scale=1.)
+  for key in (jax.random.key(3, impl='rbg'), jax.random.PRNGKey(3)):
+    drawn = drawing.drawn_together(key, {
+        name: drawing.Drawer(draw, info, info.params)
+        for name, info in infos.items()})
+    own = jax.random.fold_in(jax.random.split(key)[0], 1)
+    info = infos['layer_1']
+    np.testing.assert_allclose(
+        draw(own, info, info.params)['w'], drawn['layer_1']['w'], rtol=1e-6)
+
+
+def test_all_normal_numbers_are_compiled_once():
+  """Of layers of different widths: one program draws, and the others cut."""
+  def apply(params, x, train=False):
+    del train
+    for name in sorted(params):
+      x = jnp.tanh(x @ params[name])
+    return x
+
+  widths = [4, 5, 6, 7, 8, 9]
+  params = {f'layer_{i}': jnp.ones(pair)
+            for i, pair in enumerate(zip(widths, widths[1:]))}
+  net, x = bpjax.from_function(apply), jnp.ones((3, 4))
+  rule = bpjax.rules.feedback_alignment()
+  jaxpr = str(jax.make_jaxpr(lambda key: rule.init(
+      key, net, {'params': params}, x))(jax.random.key(0)))
+  assert jaxpr.count('erf_inv') == 4  # The caller's program: one a shape.
+  programs = []
+  original = jax.jit
+
+  def counted(function, **kwargs):
+    def traced(*args):
+      programs.append(str(jax.make_jaxpr(function)(*args)))
+      return original(function, **kwargs)(*args)
+    return traced
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(jax, 'jit', counted)
+    rule.init(jax.random.key(0), net, {'params': params}, x)
+  assert sum(p.count('erf_inv') for p in programs) == 1
+  assert len(programs) == 5
 
 
 def test_what_is_alike_is_traced_once():
@@ -56,9 +136,9 @@ def test_what_is_alike_is_traced_once():
     return feedback_lib.draw(key, info, params, scale=1.)
 
   drawer = lambda draw: {
-      name: feedback_lib.Drawer(draw, info, info.params)
+      name: drawing.Drawer(draw, info, info.params)
       for name, info in infos.items()}
-  feedback_lib.drawn_together(jax.random.key(0), drawer(draw))
+  drawing.drawn_together(jax.random.key(0), drawer(draw))
   # It reads the name of all that send: each is traced, and one is compiled.
   assert set(traced) == {'the first', *list(infos)[1:]}
 
@@ -68,8 +148,8 @@ def test_what_is_alike_is_traced_once():
     sent.append(info.sends)
     return feedback_lib.draw(key, info, params, scale=1.)
 
-  feedback_lib.drawn_together(jax.random.key(0), drawer(quiet))
-  assert sent.count(False) == 2 and sent.count(True) == 2  # Traced and compiled.
+  drawing.drawn_together(jax.random.key(0), drawer(quiet))
+  assert sent == [False, True]
 
 
 def test_what_reads_more_of_a_unit_draws_for_each():
@@ -79,8 +159,8 @@ def test_what_reads_more_of_a_unit_draws_for_each():
     del key, params
     return jnp.asarray(float(info.name.removeprefix('layer_').removesuffix('/w')))
 
-  drawn = feedback_lib.drawn_together(jax.random.key(0), {
-      name: feedback_lib.Drawer(draw, info, info.params)
+  drawn = drawing.drawn_together(jax.random.key(0), {
+      name: drawing.Drawer(draw, info, info.params)
       for name, info in infos.items()})
   assert [float(v) for v in drawn.values()] == list(range(6))
 

@@ -17,6 +17,7 @@ from typing import Any
 from bpjax import arguments
 from bpjax import base
 from bpjax import paths
+from bpjax.engines import calls
 from bpjax.engines import checks
 from bpjax.engines import reduction as reduction_lib
 from bpjax.networks import flow as flow_lib
@@ -217,11 +218,10 @@ class Rule:
     self.check(survey)
     infos = self._told(survey.units.infos)
 
-    key, shared_key = jax.random.split(key)
     feedback = net.draw_feedback(
         key, variables, x, variables['params'],
         {name: self._init_unit(name, info) for name, info in infos.items()})
-    shared = jax.jit(lambda key: self._init_shared(key, infos))(shared_key)
+    shared = self._init_shared(key, infos)
     if any(rule.counts or rule.advance
            for rule, _ in self._members(infos).values()):
       shared[STEP] = jnp.zeros((), jnp.int32)
@@ -299,9 +299,15 @@ class Rule:
         label: (rule, infos)
         for label, (rule, infos) in self._members(units).items()
         if rule.init_shared is not None}
-    return {
-        label: rule.init_shared(jax.random.fold_in(key, i), infos)
-        for i, (label, (rule, infos)) in enumerate(members.items())}
+
+    @jax.jit
+    def draw(key):
+      _, key = jax.random.split(key)  # The first is that of the units.
+      return {
+          label: rule.init_shared(jax.random.fold_in(key, i), infos)
+          for i, (label, (rule, infos)) in enumerate(members.items())}
+
+    return draw(key) if members else {}
 
   def _members(self, units):
     """Label -> (rule, the units that it trains)."""
@@ -437,8 +443,11 @@ class Rule:
             for name in readouts})
     infos = self._told(survey.units.infos)
     tokens = self.tokens(infos)
+    # What is computed at once is computed call by call.
+    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(x))
     visit = functools.partial(
         self.visit, infos=infos, shared=shared,
+        kept=calls.Kept(net.alike(variables, x)) if traced else None,
         divisor=lambda unit: reduction_lib.divisor(reduction, unit, count),
         told=(y, shared.get(STEP), net.real(x)))
 
@@ -574,7 +583,7 @@ class Rule:
     return targets
 
   def visit(
-      self, call, infos, shared, told, divisor=lambda unit: 1):
+      self, call, infos, shared, told, divisor=lambda unit: 1, kept=None):
     """Answers for one call of one unit: the unit under `custom_vjp`."""
     info = infos[call.name]
     label, rule = self.rule_for(call.name)
@@ -592,11 +601,18 @@ class Rule:
     source = rule.port(info)
     token = call.token(info.block) if source == 'output' else None
     read = None if source in (None, 'output') else infos[source].out
-    answered = _wrap(
-        call.unit, info, rule, read, divisor(call.name), call.reads_stacked)
-    out, port = answered(
+    args = (
         call.params, feedback, call.taught_inputs(), key,
         tap, call.read(base.TAPS, 'readout'), token, told)
+    wrap = lambda info: _wrap(
+        call.unit, info, rule, read, divisor(call.name), call.reads_stacked)
+    if kept is None or call.step.how != 'unit':
+      answered = wrap(info)
+    else:
+      answered = kept.find(
+          call.unit, info, wrap, args,
+          (rule, read, divisor(call.name), call.reads_stacked))
+    out, port = answered(*args)
     if token is not None:
       call.hand_on(info.block, port)
     elif read is not None:

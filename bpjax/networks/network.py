@@ -12,7 +12,7 @@ import dataclasses
 from typing import Any
 
 from bpjax import base
-from bpjax import feedback as feedback_lib
+from bpjax import drawing
 from bpjax import inputs as inputs_lib
 from bpjax import paths
 from bpjax.engines import reduction as reduction_lib
@@ -270,6 +270,11 @@ class Network:
   def _take(self, variables, x):
     return survey_lib.take(self, self.traced(variables, x), variables, self.cuts)
 
+  def alike(self, variables: Mapping[str, Any], x: Any) -> Mapping[Any, int]:
+    """How many calls of units compute the same, by `TraceUnit.program`."""
+    traced = self.traced(variables, x)
+    return unit_lib.alike(traced.plan, traced.entries)
+
   def draw_feedback(
       self, key: base.Key, variables: Mapping[str, Any], x: Any,
       params: base.Tree,
@@ -290,8 +295,8 @@ class Network:
         or None.
     """
     traced = self.traced(variables, x)
-    drawn = feedback_lib.drawn_together(key, {
-        name: feedback_lib.Drawer(
+    drawn = drawing.drawn_together(key, {
+        name: drawing.Drawer(
             *drawer, self.survey(variables, x).units[name].info.params,
             _turns(traced.entries.get(names_lib.leader(name))))
         for name, drawer in drawers.items() if drawer is not None})

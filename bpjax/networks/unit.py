@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import collections
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from bpjax import base
@@ -10,7 +11,9 @@ from bpjax import paths
 from bpjax.networks import run as run_lib
 from bpjax.networks import trace as trace_lib
 import jax
+from jax.extend.core import Literal
 import jax.numpy as jnp
+import numpy as np
 
 GAIN_TRANSPORTS = ('exact', 'feedback_diag')
 GAIN = '_gain'  # Name of the function whose message leaves a gain out.
@@ -126,6 +129,27 @@ class TraceUnit(PureUnit):
     self._names = _param_names(step, entry)
     self.weights_name = self._names.get(step.weights)
 
+  def program(self) -> Hashable:
+    """What the unit computes: equal for units that do the same with other values."""
+    step, numbers = self.step, {}
+    number = lambda v: numbers.setdefault(v, len(numbers))
+
+    def read(atom):
+      if isinstance(atom, Literal):
+        value = np.asarray(atom.val)
+        return atom.aval, value.tobytes()
+      return number(atom), atom.aval
+
+    ends = tuple(map(read, (*self._names, *step.inputs)))
+    equations = tuple(
+        (eqn.primitive, tuple(map(read, eqn.invars)), tuple(map(read, eqn.outvars)),
+         tuple((k, _hashable(v)) for k, v in sorted(eqn.params.items())))
+        for eqn in (*step.eqns, *step.tail))
+    return (
+        tuple(self._names.values()), self.weights_name, ends, equations,
+        len(step.tail), step.has_head, number(step.out), number(step.pre),
+        tuple(map(number, step.tail_inputs)), tuple(map(number, step.untrained)))
+
   def named(self, values: Sequence[Any]) -> base.Tree:
     """The unit's parameters by name, from their values in order."""
     return paths.nest(dict(zip(self._names.values(), values)))
@@ -172,6 +196,23 @@ class TraceUnit(PureUnit):
     loop = jax.lax.map if self.info.by_example else lambda f, xs: jax.vmap(f)(xs)
     out = loop(one, cut)
     return out.reshape(-1, *out.shape[2:])[:count]
+
+
+def alike(
+    plan: trace_lib.Plan, entries: Mapping[str, Any]) -> Mapping[Hashable, int]:
+  """How many calls of units compute the same, by `TraceUnit.program`."""
+  return collections.Counter(
+      TraceUnit(step, entries.get(step.name)).program()
+      for step, _ in plan.walk() if step.how == 'unit')
+
+
+def _hashable(value):
+  """A parameter of an equation as a key: itself, or which object it is."""
+  try:
+    hash(value)
+  except TypeError:
+    return id(value)
+  return value
 
 
 def _param_names(step, entry):

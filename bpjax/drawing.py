@@ -211,7 +211,7 @@ def _draws(closed: ClosedJaxpr, key: base.Key) -> Iterator[JaxprEqn]:
     drawn = eqn.params.get('name') == bpjax_normals.__name__ and len(
         eqn.invars) == len(eqn.outvars) == 1
     if drawn and not after and out.shape[:-1] == eqn.invars[0].aval.shape and (
-        0 < out.shape[-1] < 2**32):
+        0 < out.shape[-1] < 2**32) and jnp.issubdtype(out.dtype, jnp.floating):
       yield eqn
     if drawn or after:
       late.update(eqn.outvars)

@@ -54,12 +54,12 @@ def test_parts_are_the_numbers_of_a_whole_draw(double):
   """Many shapes and types from one loop; inside a program of the caller's, too."""
   infos = _told(*_network())
   shapes = [(1,), (3, 7), (70_001,), (2, 65_536), (129, 5), (0, 4)]
-  types = [jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64]
+  types = [jnp.float32, jnp.bfloat16, jnp.complex64, jnp.float16, jnp.float64]
 
   def draw(key, info, params):
     del params
     number = int(info.name[len('layer_')])
-    dtype = jnp.dtype(types[number % (4 if double else 3)])
+    dtype = jnp.dtype(types[number % (5 if double else 4)])
     a, b = jax.random.split(key)
     drawn = feedback_lib.normal(a, shapes[number], dtype)
     return {'a': drawn, 'b': 2 * feedback_lib.normal(b, shapes[-2], dtype),

@@ -23,6 +23,7 @@ from bpjax.engines import reduction as reduction_lib
 from bpjax.networks import flow as flow_lib
 from bpjax.networks import network
 from bpjax.networks import segments as segments_lib
+from bpjax.networks import survey as survey_lib
 from bpjax.networks import unit as unit_lib
 import jax
 import jax.numpy as jnp
@@ -432,7 +433,7 @@ class Rule:
     # Labels stay as they are, so that known ones can be refused.
     losses = jax.eval_shape(lambda output: loss(output, y), survey.output)
     if settle is None:
-      reduction_lib.check_losses(losses, survey.output)
+      reduction_lib.check_losses(losses, survey.output, survey.axes)
     count = losses.size
     sources, depth = self._sources(survey)
     readouts = self._readouts(survey) if settle is None else ()
@@ -468,17 +469,19 @@ class Rule:
     (output, ports, tokens), pull, state = jax.vjp(
         forward, params, feedback, probes, taps, has_aux=True)
     losses, error, error_of = (settle or functools.partial(
-        settled, loss, y))(output)
+        settled, loss, y, axes=survey.axes))(output)
 
     def cotangents(errors):
       """What is known with the errors of units that others hang on."""
       of_block = error_of
       if readouts:
         outputs = jax.tree.leaves(error)
+        batch = _batch(losses, outputs, survey.axes)
         whole = reduction_lib.errors_together([
             outputs[part] if isinstance(part, int)
             else paths.subtree(errors, part)['readout_0']
-            for part in survey.error_parts], losses.shape[0])
+            for part in survey.error_parts], batch, survey_lib.axes_of_parts(
+                survey.error_parts, survey.axes))
         of_block = lambda block: whole
       return (
           error,
@@ -675,12 +678,20 @@ def _shapes(tree):
           for name, leaf in zip(paths.leaf_names(tree), leaves)}
 
 
-def settled(loss, y, output):
+def settled(loss, y, output, axes=()):
+  """The losses, the error of the output, and block -> the error that it reads."""
   losses, pull = jax.vjp(lambda o: loss(o, y), output)
-  reduction_lib.check_losses(losses, output)
+  reduction_lib.check_losses(losses, output, axes)
   error, = pull(jnp.ones_like(losses))
-  whole = reduction_lib.errors_together(error, losses.shape[0])
+  whole = reduction_lib.errors_together(
+      error, _batch(losses, jax.tree.leaves(error), axes), axes)
   return losses, error, lambda block: whole
+
+
+def _batch(losses, outputs, axes):
+  """The number of examples; losses may have other axes before theirs."""
+  return next((o.shape[axis] for o, axis in zip(outputs, axes) if axis),
+              losses.shape[0])
 
 
 def split(key: base.Key | None) -> tuple[base.Key | None, base.Key | None]:

@@ -127,7 +127,8 @@ class Rule(engine.Base):
       jax.eval_shape(
           lambda output: loss(output, y), net.survey(variables, x).output)
       value, aux, grads, count, _ = self.differentiate(
-          net, variables, x, key, Whole(loss, y))
+          net, variables, x, key, Whole(
+              loss, y, net.survey(variables, x).axes))
       grads, = reduction_lib.apply(reduction, (grads,), count)
       aux = aux._replace(feedback=feedback)
       return (value, aux), (grads, jax.tree.map(jnp.zeros_like, feedback))
@@ -139,7 +140,8 @@ class Rule(engine.Base):
     """As `bpjax.engines.credit.Rule.signals`; a readout that is exact has none."""
     del feedback
     _, _, grads, count, signals = self.differentiate(
-        net, variables, x, key, judge or Whole(loss, y))
+        net, variables, x, key, judge or Whole(
+            loss, y, net.survey(variables, x).axes))
     return jax.tree.map(lambda g: g / count, grads), signals
 
   def differentiate(self, net, variables, x, key, judge):
@@ -321,13 +323,13 @@ class Rule(engine.Base):
 class Whole(located.Judge):
   """The loss of the model's output: how much each example's changes."""
 
-  def __init__(self, loss: base.Loss, y: Any):
+  def __init__(self, loss: base.Loss, y: Any, axes: tuple[int, ...] = ()):
     super().__init__()
-    self._loss, self.y = loss, y
+    self._loss, self.y, self._axes = loss, y, axes
 
   def of(self, y: Any) -> Whole:
     """The same for other labels."""
-    return Whole(self._loss, y)
+    return Whole(self._loss, y, self._axes)
 
   def of_output(self, measured: Any) -> base.Array:
     return self._loss(measured['output'], self.y)
@@ -337,7 +339,7 @@ class Whole(located.Judge):
 
   def settle(self, measured: Any) -> tuple[base.Array, Any]:
     losses, pull = jax.vjp(self.of_output, measured)
-    reduction_lib.check_losses(losses, measured['output'])
+    reduction_lib.check_losses(losses, measured['output'], self._axes)
     self.errors, = pull(jnp.ones_like(losses))
     return losses, self.errors
 

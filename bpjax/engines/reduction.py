@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bpjax import paths
@@ -30,9 +30,18 @@ def with_whole(updates: Any, tree: Any) -> Any:
       updates, tree)
 
 
-def check_losses(losses: Any, output: Any) -> None:
-  """Raises a ValueError unless there is a loss for every example."""
+def check_losses(losses: Any, output: Any, axes: Sequence[int] = ()) -> None:
+  """Raises a ValueError unless there is a loss for every example.
+
+  Args:
+    losses: what a loss returned.
+    output: that of the model.
+    axes: on which axis of each output its examples lie; default: the first.
+  """
   batches = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(output)} - {()}
+  batches |= {
+      jnp.shape(leaf)[axis:axis + 1]
+      for leaf, axis in zip(jax.tree.leaves(output), axes)} - {()}
   if losses.ndim == 0 or losses.shape[:1] not in batches:
     sizes = ' or '.join(str(b) for b, in sorted(batches))
     raise ValueError(
@@ -40,19 +49,24 @@ def check_losses(losses: Any, output: Any) -> None:
         f'{sizes or "none"}, got shape {losses.shape}; leave out the mean.')
 
 
-def errors_together(errors: Any, batch: int) -> Any | None:
+def errors_together(
+    errors: Any, batch: int, axes: Sequence[int] = ()) -> Any | None:
   """The errors of all outputs, for a rule that projects one error.
 
   Args:
     errors: in the structure of the model's output, or shapes like it.
     batch: the number of examples.
+    axes: on which axis of each its examples lie (those of an ensemble on the
+      second, say); default: the first.
 
   Returns:
-    The error of a model with one output as it is; else the entries of every
+    The error of a model with one output, examples first; else the entries of every
     output that has a row an example, side by side, `[batch, ...]`; None if
     none has.
   """
   leaves = jax.tree.leaves(errors)
+  leaves = [jnp.moveaxis(e, axis, 0) if axis else e for e, axis in zip(
+      leaves, axes or (0,) * len(leaves), strict=True)]
   if len(leaves) == 1:
     return leaves[0]
   rows = [e for e in leaves if e.ndim and e.shape[0] == batch

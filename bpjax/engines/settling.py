@@ -164,7 +164,8 @@ class Rule(engine.Base):
         params, system.start() if begin is None else begin, self.free_steps)
     _, (output, state) = system.energy(params, free)
     losses = loss(output, y)
-    reduction_lib.check_losses(losses, output)
+    reduction_lib.check_losses(
+        losses, output, net.survey(variables, x).axes)
     beta = self.beta
     if self.nudge == 'random':
       beta = beta * jax.random.rademacher(own_key, (), losses.dtype)

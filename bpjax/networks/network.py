@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 import copy
 import dataclasses
+import functools
 from typing import Any
 
 from bpjax import base
@@ -82,7 +83,8 @@ class Traced:
     plan: its plan.
     flow: which units read which.
     output: shapes and dtypes of the output.
-    error: of its error, as rules that project it read it.
+    axes: on which axis of each output its examples lie.
+    error: of its error, as rules that project it read it: examples first.
     error_parts: what that is made of: the errors of outputs, by number, and of
       the pre-activations of readouts, by name.
     structure: of (output, state).
@@ -99,6 +101,7 @@ class Traced:
   plan: trace_lib.Plan
   flow: flow_lib.Flow
   output: Any
+  axes: tuple[int, ...]
   error: Any
   error_parts: tuple[int | str, ...]
   structure: Any
@@ -229,7 +232,8 @@ class Network:
     closed, shape, notes = trace(x)
     flat = trace_lib.Flattener()
     size = _batch(x, shape[0])
-    grown = _Growth(closed, lambda: trace(_twice(x, size))[0], size, flat)
+    larger = functools.cache(lambda: trace(_twice(x, size)))
+    grown = _Growth(closed, lambda: larger()[0], size, flat)
     names = paths.leaf_names(params)
     for name in names:
       if names.count(name) > 1:
@@ -254,14 +258,16 @@ class Network:
     found = flow_lib.derivatives(plan, len(outputs))
     flow = flow_lib.follow(plan, len(outputs))
     parts = survey_lib.error_parts(plan, flow, entries)
+    axes = _example_axes(outputs, size, larger)
     error = jax.eval_shape(
-        lambda o: reduction_lib.errors_together(o, size),
+        lambda o: reduction_lib.errors_together(
+            o, size, survey_lib.axes_of_parts(parts, axes)),
         [outputs[p] if isinstance(p, int) else survey_lib.pre_of(entries[p])
          for p in parts])
-    if len(parts) == 1 and parts[0] == 0:
+    if len(parts) == 1 and parts[0] == 0 and not axes[0]:
       error = outputs[0]  # With its place on the mesh.
     return Traced(
-        plan, flow, shape[0], error, parts, jax.tree.structure(shape), notes,
+        plan, flow, shape[0], axes, error, parts, jax.tree.structure(shape), notes,
         entries, points, survey_lib.exact_by(plan, names, len(outputs), found), found, mixed,
         frozenset(trace_lib.operations(closed.jaxpr)), has_key,
         has_key and any(
@@ -574,6 +580,25 @@ def _batch(x, output):
       jnp.shape(leaf)[0] for leaf in jax.tree.leaves(tree) if jnp.ndim(leaf)]
   sizes, rows = first(x), first(output)
   return next((n for n in sizes if n in rows), sizes[0] if sizes else None)
+
+
+def _example_axes(outputs, size, larger):
+  """On which axis of each output its examples lie; the first where none is clear.
+
+  It is the one that grows with the batch. Asked only where another one than the
+  first may be meant: those of an ensemble are often `[members, batch, ...]`.
+  """
+  first = (0,) * len(outputs)
+  shapes = list(map(jnp.shape, outputs))
+  if not any(size in shape[1:] for shape in shapes):
+    return first
+  try:
+    grown = list(map(jnp.shape, jax.tree.leaves(larger()[1][0])))
+  except Exception:  # pylint: disable=broad-except
+    return first  # A batch size that the model holds in its code.
+  axes = [[i for i, (a, b) in enumerate(zip(*pair)) if a != b]
+          for pair in zip(shapes, grown)]
+  return tuple(own[0] if len(own) == 1 else 0 for own in axes)
 
 
 class _Growth:

@@ -78,6 +78,7 @@ class Survey:
   Attributes:
     units: the units of the model, and what keeps its exact derivative.
     output: shape and dtype of the model's output.
+    axes: on which axis of each output its examples lie.
     error_parts: the errors that a rule projects: of outputs, by number, and of
       the pre-activations of readouts, by name.
     lifted: the units inside a scan, a loop, a conditional or a vmap.
@@ -96,6 +97,7 @@ class Survey:
   """
   units: Units
   output: Any
+  axes: tuple[int, ...]
   error_parts: tuple[int | str, ...]
   lifted: tuple[str, ...]
   blocked: tuple[str, ...]
@@ -164,6 +166,7 @@ def take(net, traced, variables, cuts=None):
   check_boundaries(net.boundaries, names, boundaries)
   return Survey(
       units=Units(units, traced.exact, net.flags), output=traced.output,
+      axes=traced.axes,
       error_parts=traced.error_parts,
       lifted=tuple(n for n in names if around[n] & {'scan', 'cond'}),
       blocked=() if 'stop_gradient' in traced.operations else tuple(
@@ -226,16 +229,17 @@ def _examples(traced):
 
   Followed only where something does not have them on its first axis.
   """
-  size = next((o.shape[0] for o in jax.tree.leaves(traced.output)
-               if jnp.ndim(o)), None)
+  outputs = list(map(_shape, jax.tree.leaves(traced.output)))
+  size = next((o.shape[axis] for o, axis in zip(outputs, traced.axes)
+               if o.ndim), None)
   calls = [s for s, _ in traced.plan.walk() if s.how == 'unit']
   shapes = [v.aval.shape for s in calls for v in (*s.inputs[:1], s.out)]
   # Of two axes of that size, either may be the examples'.
   if all(s[:1] == (size,) and size not in s[1:] for s in shapes):
     return {}
-  outs = [{str(i): reach_lib.identity(o.shape)[:1]}
-          if o.shape[:1] == (size,) else {}
-          for i, o in enumerate(map(_shape, jax.tree.leaves(traced.output)))]
+  outs = [{str(i): reach_lib.identity(o.shape)[axis:axis + 1]}
+          if o.shape[axis:axis + 1] == (size,) else {}
+          for i, (o, axis) in enumerate(zip(outputs, traced.axes))]
   outs += [{}] * (len(traced.plan.jaxpr.outvars) - len(outs))
   found = reach_lib.follow(traced.plan, outs, values=True)
 
@@ -325,6 +329,11 @@ def error_parts(plan, flow, entries):
     else:
       parts += own
   return tuple(dict.fromkeys(parts))
+
+
+def axes_of_parts(parts, axes):
+  """On which axis of each of `error_parts` its examples lie."""
+  return tuple(axes[p] if isinstance(p, int) else 0 for p in parts)
 
 
 def pre_of(entry):

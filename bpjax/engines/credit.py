@@ -609,12 +609,9 @@ class Rule:
         tap, call.read(base.TAPS, 'readout'), token, told)
     wrap = lambda info: _wrap(
         call.unit, info, rule, read, divisor(call.name), call.reads_stacked)
-    if kept is None or call.step.how != 'unit':
-      answered = wrap(info)
-    else:
-      answered = kept.find(
-          call.unit, info, wrap, args,
-          (rule, read, divisor(call.name), call.reads_stacked))
+    answered = wrap(info) if kept is None else kept.find(
+        call.unit, info, wrap, args,
+        (rule, read, divisor(call.name), call.reads_stacked))
     out, port = answered(*args)
     if token is not None:
       call.hand_on(info.block, port)

@@ -36,6 +36,9 @@ class PureUnit:
     """
     raise NotImplementedError
 
+  def program(self) -> Hashable:
+    """What the unit computes, see `TraceUnit.program`; None: nothing is alike."""
+
   def affine(self, params, inputs):
     return self._apply(params, inputs)[1]
 

@@ -83,14 +83,34 @@ def name_of(key_path: tuple[Any, ...]) -> str:
 
 
 def leaf_names(tree: Any) -> list[str]:
-  """The path of every leaf of `tree`, in the order of `jax.tree.leaves`."""
-  return [name_of(p) for p, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+  """The path of every leaf of `tree`, in the order of `jax.tree.leaves`.
+
+  A box that Flax keeps an array in (`nn.with_partitioning`) has no part in it.
+  """
+  return [
+      name_of(p)
+      for p, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_box)[0]
+      for _ in (jax.tree.leaves(leaf) if is_box(leaf) else (leaf,))]
+
+
+def is_box(tree: Any) -> bool:
+  """Whether this is one of Flax's boxes: an array with where it is to lie."""
+  return hasattr(tree, 'unbox') and hasattr(tree, 'replace_boxed')
+
+
+def unboxed(tree: Any) -> Any:
+  """A tree with what is in its boxes in their place, wherever it lies."""
+  return jax.tree.map(
+      lambda leaf: (jax.tree.leaves(leaf) or [leaf])[0] if is_box(leaf)
+      else leaf, tree,
+      is_leaf=is_box)
 
 
 def map_with_name(function, tree, *rest):
   """`jax.tree.map` whose function gets the leaf's path as first argument."""
-  return jax.tree_util.tree_map_with_path(
-      lambda p, *leaves: function(name_of(p), *leaves), tree, *rest)
+  found, structure = jax.tree.flatten(tree)
+  others = [structure.flatten_up_to(other) for other in rest]
+  return structure.unflatten(map(function, leaf_names(tree), found, *others))
 
 
 def nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
@@ -137,7 +157,7 @@ def subtree(tree: Any, name: str) -> Any:
       break
     found = found[part]
   else:
-    return found
+    return unboxed(found)
   # No nested dict, or one with a `/` in its keys.
   inside = {n: leaf for n, leaf in leaves(tree).items() if is_inside(n, name)}
   if name in inside:

@@ -5,10 +5,12 @@ import warnings
 from absl.testing import absltest
 from absl.testing import parameterized
 import bpjax
+import chex
 import flax.linen as nn
 import float64
 import jax
 import jax.numpy as jnp
+import optax
 import zoo
 
 _CLASSES = 3
@@ -288,6 +290,36 @@ class ExamplesTest(float64.Float64TestCase):
     _, (updates, _) = jax.jit(rule.value_and_grad(net, loss))(
         {'params': p}, feedback, x, jnp.arange(4.))
     self.assertGreater(jnp.abs(updates['a']).max(), 0)
+
+  @parameterized.parameters(
+      *(name for name in bpjax.rules.names() if name not in zoo.SETTLING))
+  def test_boxes_of_parameters_are_not_seen(self, name):
+    """Parameters with where they are to lie: names and updates stay the same."""
+    class Model(nn.Module):
+
+      @nn.compact
+      def __call__(self, x):
+        init = nn.with_partitioning(nn.initializers.lecun_normal(), (None, 'm'))
+        for _ in range(2):
+          x = nn.tanh(nn.Dense(6, kernel_init=init)(x))
+        return nn.Dense(3, kernel_init=init, bias_init=nn.with_partitioning(
+            nn.initializers.zeros, ('m',)))(x)
+
+    rule, found = _rule(name), []
+    x, y = _numbers(0, 4, 5), _labels(4)
+    net, boxed, _ = float64.setup(Model(), x)
+    self.assertIsInstance(boxed['params']['Dense_2']['bias'], nn.Partitioned)
+    for variables in (boxed, nn.meta.unbox(boxed)):
+      feedback = rule.init(jax.random.key(1), net, variables, x)
+      _, (updates, learned) = zoo.learn(rule, net)(
+          variables, feedback, x, y, jax.random.key(2))
+      found.append((feedback, updates, learned, list(net.survey(
+          variables, x).units)))
+      tx = bpjax.optimizer(optax.adam(1e-3), rule, feedback)
+      tx.init((variables['params'], feedback))
+    self.assertEqual(jax.tree.structure(found[0][1]),
+                     jax.tree.structure(boxed['params']))
+    chex.assert_trees_all_equal(nn.meta.unbox(found[0]), found[1])
 
 
 if __name__ == '__main__':

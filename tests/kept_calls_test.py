@@ -47,13 +47,11 @@ def _step(rule, net, variables, x, y):
 
 class KeptCallsTest(float64.Float64TestCase):
 
-  @parameterized.product(
-      rule=('backprop', 'feedback_alignment', 'direct_feedback_alignment',
-            'kolen_pollack', 'weight_mirror', 'sign_symmetry',
-            'direct_random_target_projection', 'direct_kolen_pollack'),
-      what=('blocks',))
-  def test_all_learn_as_if_traced_alone(self, rule, what):
-    self._assert_same(bpjax.rules.get(rule)(), what)
+  @parameterized.parameters(
+      'feedback_alignment', 'direct_feedback_alignment', 'kolen_pollack',
+      'weight_mirror')
+  def test_all_learn_as_if_traced_alone(self, rule):
+    self._assert_same(bpjax.rules.get(rule)(), 'blocks')
 
   @parameterized.parameters(*zoo.TARGETS)
   def test_targets_are_set_as_if_traced_alone(self, rule):

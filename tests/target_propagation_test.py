@@ -222,7 +222,7 @@ class LayersTest(parameterized.TestCase):
 
       @nn.compact
       def __call__(self, x):
-        y = nn.Conv(4, (3, 3), use_bias=False)(x)
+        y = nn.Conv(3, (2, 2), use_bias=False)(x)
         return nn.max_pool(nn.tanh(y), (2, 2), (2, 2))
 
     class Net(nn.Module):
@@ -231,7 +231,7 @@ class LayersTest(parameterized.TestCase):
       def __call__(self, x):
         x = x.reshape(-1, 4, 2, 1)
         x = bpjax.nn.Layer(
-            functools.partial(nn.Conv, 6, kernel_size=(3, 3)), nn.tanh)(x)
+            functools.partial(nn.Conv, 4, kernel_size=(2, 2)), nn.tanh)(x)
         x = Pooled()(x)
         x = bpjax.nn.Layer(functools.partial(nn.Dense, 9), nn.tanh)(
             x.reshape(x.shape[0], -1))
@@ -250,7 +250,7 @@ class LayersTest(parameterized.TestCase):
       self.assertGreater(jnp.abs(grad).max(), 0, name)
     shapes = jax.tree.map(jnp.shape, feedback)
     self.assertEqual(shapes['Pooled_0'], {
-        'Conv_0': {'kernel': (3, 3, 6, 4)}, 'inverse_bias': (6,)})
+        'Conv_0': {'kernel': (2, 2, 4, 3)}, 'inverse_bias': (4,)})
     self.assertNotIn('Layer_0', shapes)
     self.assertTrue(all(jax.tree.leaves(rule.trainable(feedback))))
 

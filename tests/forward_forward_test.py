@@ -85,6 +85,10 @@ class ForwardForwardTest(float64.Float64TestCase):
     learn = _RULE().value_and_grad(net, _LOSS)
     with self.assertRaisesRegex(ValueError, 'whole numbers'):
       learn(variables, {}, x, jnp.ones((5, 4)), key=jax.random.key(0))
+    both = _RULE().value_and_grad(net, lambda output, y: _LOSS(output, y[0]))
+    with self.assertRaisesRegex(ValueError, 'whole numbers .*, got tuple'):
+      both(variables, {}, x, (jnp.zeros(5, int), jnp.ones(5)),
+           key=jax.random.key(0))
     with self.assertRaisesRegex(ValueError, '`key` is needed'):
       learn(variables, {}, x, jnp.zeros(5, int))
     narrow = jnp.ones((5, 3))

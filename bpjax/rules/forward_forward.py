@@ -95,10 +95,13 @@ class _ForwardForward(engine.Base):
   def differentiate(self, net, loss, variables, feedback, x, y, key):
     net = self.seen_by(net, variables, x)
     classes = _classes(net.survey(variables, x))
-    if not jnp.issubdtype(y.dtype, jnp.integer) or y.shape != x.shape[:1]:
+    kind = getattr(y, 'dtype', None)
+    if kind is None or not jnp.issubdtype(kind, jnp.integer) or (
+        y.shape != x.shape[:1]):
+      got = type(y).__name__ if kind is None else f'{kind} {y.shape}'
       raise ValueError(
           f'rule `{self.name}` adds labels to the input: targets must be '
-          f'whole numbers of shape {x.shape[:1]}, got {y.dtype} {y.shape}.')
+          f'whole numbers of shape {x.shape[:1]}, got {got}.')
     if key is None:
       raise ValueError(
           f'`key` is needed: rule `{self.name}` draws wrong labels; pass '

@@ -1,5 +1,7 @@
 """Forward-Forward against numpy, and what it refuses."""
 
+import functools
+
 from absl.testing import absltest
 from absl.testing import parameterized
 import bpjax
@@ -95,6 +97,32 @@ class ForwardForwardTest(float64.Float64TestCase):
     variables = net.init(jax.random.key(0), narrow)
     with self.assertRaisesRegex(ValueError, 'first 4 entries'):
       _RULE().init(jax.random.key(0), net, variables, narrow)
+
+  def test_logits_are_found_among_outputs(self):
+    """A scalar and a value before them, and the same updates as alone."""
+    def apply(params, x, beside=True):
+      h = jnp.tanh(x @ params['a'])
+      logits, value = h @ params['o'], h @ params['v']
+      if not beside:
+        return logits
+      return {'balance': jnp.mean(h), 'chance': value, 'logits': logits}
+
+    params = {name: jax.random.normal(jax.random.key(i), shape) for i, (
+        name, shape) in enumerate({'a': (8, 6), 'o': (6, 4), 'v': (6, 1)}.items())}
+    x, y = jax.random.normal(jax.random.key(3), (5, 8)), jnp.arange(5) % 4
+    found = []
+    for beside in (True, False):
+      net = bpjax.from_function(functools.partial(apply, beside=beside))
+      loss = (lambda o, y: _LOSS(o['logits'], y)) if beside else _LOSS
+      _RULE().init(jax.random.key(0), net, {'params': params}, x)
+      found.append(jax.jit(_RULE().value_and_grad(net, loss))(
+          {'params': params}, {}, x, y, key=jax.random.key(1))[1][0])
+    for name in ('a', 'o'):
+      self.assertGreater(jnp.abs(found[0][name]).max(), 0)
+      np.testing.assert_allclose(found[0][name], found[1][name], rtol=1e-5)
+    net = bpjax.from_function(lambda params, x: (x @ params['a'])[:, 0])
+    with self.assertRaisesRegex(ValueError, r'needs logits.* got \(5,\)'):
+      _RULE().init(jax.random.key(0), net, {'params': params}, x)
 
   @parameterized.parameters(
       (dict(threshold=0.), '`threshold`'),

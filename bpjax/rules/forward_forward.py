@@ -153,7 +153,14 @@ class _ForwardForward(engine.Base):
 
 
 def _classes(survey):
-  return jax.tree.leaves(survey.output)[0].shape[-1]
+  """The width of the first output that can be logits: not a scalar, nor a value."""
+  shapes = list(map(jnp.shape, jax.tree.leaves(survey.output)))
+  widths = [shape[-1] for shape in shapes if len(shape) > 1 and shape[-1] > 1]
+  if not widths:
+    raise ValueError(
+        'rule `forward_forward` needs logits, [batch, classes], among the '
+        f'outputs, got {", ".join(map(str, shapes))}.')
+  return widths[0]
 
 
 def _with_label(x, labels, classes, scale):

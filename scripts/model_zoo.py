@@ -20,8 +20,8 @@ What is checked in float64, besides, of rules that work:
 
 The largest relative deviation of each is in the table. A refusal is of the
 mathematics where no program could do better (a target for units that are read
-together, a network that settles under a norm over the batch); the others are
-counted.
+together, a network that settles under a norm over the batch, a label that is added
+to whole numbers); the others are counted.
 
 Exits with 1 if a pair fails, or more than --refusals kinds of refusal are not
 of the mathematics. About 10 minutes on two cores.
@@ -76,7 +76,9 @@ SCALED = {('spectral_norm', 'sign_symmetry')}
 MATHEMATICS = (
     'cannot give it a target of its own', 'normalises over the batch',
     'a derivative that is zero everywhere', 'needs labels of shape',
-    'to be given a target by it', 'something that no unit owns')
+    'to be given a target by it', 'something that no unit owns',
+    # What is added to the input has to have room in it, by these rules' definition.
+    'adds the label to the', 'adds labels to the input', 'adds the error to the')
 _KEY = jax.random.key(7)
 
 

@@ -1,5 +1,7 @@
 """Outputs whose examples lie behind another axis: ensembles, time first."""
 
+import functools
+
 from absl.testing import absltest
 from absl.testing import parameterized
 import bpjax
@@ -63,14 +65,16 @@ class EnsemblesTest(float64.Float64TestCase):
   @parameterized.product(
       batch=_BATCHES, rule=(
           'backprop', 'feedback_alignment', 'direct_feedback_alignment',
-          'direct_kolen_pollack', 'kolen_pollack', 'local_representation_alignment'))
+          'direct_kolen_pollack', 'kolen_pollack', 'pepita',
+          'local_representation_alignment', 'direct_difference_target_propagation'))
   def test_an_example_alone_learns_what_it_does_beside_others(
       self, batch, rule):
     """The updates of a batch are the sum of those of its examples."""
     net, variables, x, y = self._setup(batch, image=True)
     rule = bpjax.rules.get(rule)()
     feedback = rule.init(jax.random.key(1), net, variables, x)
-    learn = zoo.learn(rule, net, _mean, reduction='sum')
+    learn = functools.partial(
+        zoo.learn(rule, net, _mean, reduction='sum'), key=jax.random.key(2))
     _, (together, _) = learn(variables, feedback, x, y)
     half = batch // 2
     parts = [learn(variables, feedback, x[own], y[own])[1][0]

@@ -21,6 +21,7 @@ from bpjax.engines import checks
 from bpjax.engines import credit
 from bpjax.engines import reduction as reduction_lib
 from bpjax.networks import examples
+from bpjax.networks import survey as survey_lib
 import jax
 import jax.numpy as jnp
 
@@ -274,5 +275,6 @@ def _output(net, variables, x, key, noise):
       else paths.subtree(kept[base.PROBES], part)['readout_0']
       for part in survey.error_parts]
   batch = next(len(leaf) for leaf in jax.tree.leaves(x) if jnp.ndim(leaf))
-  whole = reduction_lib.errors_together(parts, batch)
+  whole = reduction_lib.errors_together(
+      parts, batch, survey_lib.axes_of_parts(survey.error_parts, survey.axes))
   return examples.only_real(whole, net.real(x))

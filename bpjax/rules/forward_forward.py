@@ -94,7 +94,8 @@ class _ForwardForward(engine.Base):
 
   def differentiate(self, net, loss, variables, feedback, x, y, key):
     net = self.seen_by(net, variables, x)
-    classes = _classes(net.survey(variables, x))
+    survey = net.survey(variables, x)
+    classes = _classes(survey)
     kind = getattr(y, 'dtype', None)
     if kind is None or not jnp.issubdtype(kind, jnp.integer) or (
         y.shape != x.shape[:1]):
@@ -114,7 +115,7 @@ class _ForwardForward(engine.Base):
       own = {**variables, 'params': params}
       output, state, _ = self._run(net, own, x, None, key)
       losses = loss(output, y)
-      reduction.check_losses(losses, output)
+      reduction.check_losses(losses, output, survey.axes)
       right, = self._run(net, own, x, y, key)[2:]
       other, = self._run(net, own, x, wrong, key)[2:]
       terms = jax.tree.map(

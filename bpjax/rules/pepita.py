@@ -16,6 +16,7 @@ from bpjax import paths
 from bpjax.engines import base as engine
 from bpjax.engines import checks
 from bpjax.engines import reduction
+from bpjax.networks import examples
 from bpjax.networks import segments
 import jax
 import jax.numpy as jnp
@@ -80,8 +81,9 @@ class _Pepita(engine.Base):
           f'rule `{self.name}` adds the error to the input, and needs one array '
           'of floats there; embed whole numbers before the model.')
     infos = self.seen_by(net, variables, x).survey(variables, x).units.infos
-    n_out = sum(math.prod(info.pre.shape[1:]) for info in infos.values()
-                if info.is_output)
+    n_out = sum(
+        math.prod(info.pre.shape) // len(x) for info in infos.values()
+        if info.is_output)
     std = self._scale * math.sqrt(2 / math.prod(x.shape[1:]))
     return std * feedback_lib.normal(key, (n_out, *x.shape[1:]), x.dtype)
 
@@ -96,7 +98,8 @@ class _Pepita(engine.Base):
 
   def differentiate(self, net, loss, variables, feedback, x, y, key):
     net = self.seen_by(net, variables, x)
-    infos = net.survey(variables, x).units.infos
+    survey = net.survey(variables, x)
+    infos = survey.units.infos
     readouts = {n: info for n, info in infos.items() if info.is_output}
     taps = paths.nest({
         f'{name}/tap_0': jnp.zeros(info.pre.shape, info.pre.dtype)
@@ -120,11 +123,12 @@ class _Pepita(engine.Base):
       return loss(output, y), (output, kept)
 
     losses, pull, (output, state) = jax.vjp(first_pass, taps, has_aux=True)
-    reduction.check_losses(losses, output)
+    reduction.check_losses(losses, output, survey.axes)
     errors, = pull(jnp.ones_like(losses))
     outs = state.pop(base.PROBES)
-    error = jnp.concatenate(
-        [e.reshape(len(x), -1) for e in jax.tree.leaves(errors)], axis=1)
+    error = jnp.concatenate([
+        examples.first(e, readouts[name.rpartition('/')[0]].examples).reshape(
+            len(x), -1) for name, e in paths.leaves(errors).items()], axis=1)
     changed = x + jnp.tensordot(
         error, feedback[_PROJECTION], 1).astype(x.dtype)
 

@@ -31,7 +31,7 @@ from experiments.configs import transformer_paths
 import matplotlib.pyplot as plt
 
 _ACCURACY = 'test accuracy, %'
-_TESTS = {'recall': 8000, 'listops': 2000, 'sick': 1982}
+_TESTS = {'recall': 16_000, 'listops': 2000, 'sick': 1982}
 _NORMS = ('post', 'pre')
 DEPTHS = (1, 2, 4)
 _PATHS = [row for row in transformer_paths.ROWS if '_' in row

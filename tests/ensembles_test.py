@@ -66,7 +66,9 @@ class EnsemblesTest(float64.Float64TestCase):
       batch=_BATCHES, rule=(
           'backprop', 'feedback_alignment', 'direct_feedback_alignment',
           'direct_kolen_pollack', 'kolen_pollack', 'pepita',
-          'local_representation_alignment', 'direct_difference_target_propagation'))
+          'local_representation_alignment',
+          'recursive_local_representation_alignment',
+          'direct_difference_target_propagation'))
   def test_an_example_alone_learns_what_it_does_beside_others(
       self, batch, rule):
     """The updates of a batch are the sum of those of its examples."""
@@ -81,6 +83,19 @@ class EnsemblesTest(float64.Float64TestCase):
              for own in (slice(half), slice(half, None))]
     chex.assert_trees_all_close(
         together, jax.tree.map(lambda *a: sum(a), *parts), rtol=0, atol=1e-10)
+
+  @parameterized.parameters(*_BATCHES)
+  def test_a_mirror_finds_the_weights_of_every_member(self, batch):
+    net, variables, x, y = self._setup(batch, image=True)
+    rule = bpjax.rules.weight_mirror(samples=4098)  # No multiple of the batch.
+    feedback = rule.init(jax.random.key(1), net, variables, x)
+    _, (_, learned) = zoo.learn(rule, net, _mean, reduction='sum')(
+        variables, feedback, x, y, key=jax.random.key(2))
+    self.assertSetEqual(set(feedback), {'conv_2', 'hidden', 'readout'})
+    for name, b in feedback.items():
+      echo = (.01 * b['kernel'] - learned[name]['kernel']) / .01
+      np.testing.assert_allclose(
+          echo, variables['params'][name]['kernel'], atol=.1)
 
   @parameterized.parameters(*_BATCHES)
   def test_every_member_gets_its_own_error(self, batch):

@@ -75,6 +75,7 @@ _CASES = {
     'rows': (lambda x: x[jnp.array([2, 0, 2])], (3, 6), '- 1'),
     'branches': (lambda x: jax.lax.cond(
         jnp.array(True), lambda x: x @ _W, jnp.sin, x), (2, 6), '0 -'),
+    'reordered': (lambda x: jax.lax.reshape(x, (3, 8), (1, 0, 2)), (2, 3, 4), '1 0'),
     'shape_changes': (lambda x: x.reshape(3, 4), (2, 6), None),
 }
 

@@ -434,8 +434,9 @@ def _move(eqn, i, shape):
     return lambda a: tuple(
         a[places[d]] if d in places and own[places[d]] == n else _none(n)
         for d, n in enumerate(shape))
-  if name == 'reshape' and params.get('dimensions') is None:
-    return lambda a: tuple(_regroup([d for axis in a for d in axis], shape))
+  if name == 'reshape':
+    order = params.get('dimensions') or range(len(own))  # As vmap writes it.
+    return lambda a: tuple(_regroup([d for j in order for d in a[j]], shape))
   if name == 'squeeze' or name.startswith('reduce_') and 'axes' in params:
     gone = params.get('axes', params.get('dimensions'))
     return lambda a: tuple(x for j, x in enumerate(a) if j not in gone)

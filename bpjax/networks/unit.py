@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Hashable, Mapping, Sequence
+import functools
 from typing import Any
 
 from bpjax import base
 from bpjax import paths
+from bpjax.networks import examples
 from bpjax.networks import run as run_lib
 from bpjax.networks import trace as trace_lib
 import jax
@@ -123,6 +125,13 @@ class Boundary(PureUnit):
     return inputs[0], inputs[0]
 
 
+# What computes the same for any number of examples.
+_OF_ANY_SIZE = frozenset({
+    'add', 'conv_general_dilated', 'convert_element_type', 'div', 'dot_general',
+    'gather', 'mul', 'neg', 'ragged_dot', 'ragged_dot_general', 'sub',
+    'transpose'})
+
+
 class TraceUnit(PureUnit):
   """The pure functions of one unit; holds no arrays. See `base.Unit`."""
 
@@ -172,33 +181,68 @@ class TraceUnit(PureUnit):
   def affine(self, params, inputs):
     # The segment is left out, not only its result.
     step = self.step
-    size = step.inputs[0].aval.shape[0]
-    if (step.has_head or self.info and self.info.by_example) and (
-        inputs[0].shape[0] != size):
-      return self._in_parts(params, inputs, size)
+    count, size = self._count(inputs), self._count([v.aval for v in step.inputs])
+    if count != size and (
+        self.info and self.info.by_example or self._holds_batch):
+      return self._in_parts(params, inputs, count, size)
     env = {v: _at(params, name) for v, name in self._names.items()}
     env.update(zip(step.inputs, inputs))
     return run_lib.evaluate(step.eqns, env, step.pre or step.out)
 
-  def _in_parts(self, params, inputs, size):
-    """`affine` for another batch size than that of the trace.
+  @functools.cached_property
+  def _holds_batch(self):
+    """Whether the number of examples is in the equations: in a reshape, say."""
+    step = self.step
+    if step.has_head:
+      return True
+    of_data = set(step.inputs)
+    for eqn in step.eqns:
+      if any(v in of_data for v in eqn.invars if not isinstance(v, Literal)):
+        if eqn.primitive.name not in _OF_ANY_SIZE:
+          return True
+        of_data.update(eqn.outvars)
+    return False
 
-    What a module does to its input may have the size in its equations, and
+  def _places(self, count):
+    """Where examples lie in each of so many inputs."""
+    return (self.info and self.info.given_examples) or (None,) * count
+
+  def _count(self, inputs):
+    """The number of examples."""
+    place = self._places(len(inputs))[0]
+    if place is None:
+      return inputs[0].shape[0]
+    axis, _, own = place
+    return own * inputs[0].shape[axis] // self.step.inputs[0].aval.shape[axis]
+
+  def _in_parts(self, params, inputs, count, size):
+    """`affine` for another number of examples than that of the trace.
+
+    What lies around the product may have the number in its equations, and
     examples may have weights of their own. Whole numbers stay as they are.
     """
-    count = inputs[0].shape[0]
     parts = -(-count // size)
-    cut = {i: jnp.resize(x, (parts, size, *x.shape[1:]))
-           for i, x in enumerate(inputs) if jnp.issubdtype(x.dtype, jnp.inexact)}
+    places = self._places(len(inputs))
+    shapes = [v.aval.shape for v in self.step.inputs]
+    cut = {}
+    for i, (x, place) in enumerate(zip(inputs, places)):
+      if jnp.issubdtype(x.dtype, jnp.inexact):
+        x = examples.first(x, place and (*place[:2], count))
+        cut[i] = jnp.resize(x, (parts, size, *x.shape[1:]))
 
     def one(part):
-      own = tuple(part.get(i, x) for i, x in enumerate(inputs))
-      return self.affine(params, own)
+      own = tuple(
+          examples.back(part[i], shapes[i], places[i]) if i in part else x
+          for i, x in enumerate(inputs))
+      return examples.first(self.affine(params, own), made)
 
+    made = self.info.examples if self.info else None
     # Ragged products cannot be batched.
-    loop = jax.lax.map if self.info.by_example else lambda f, xs: jax.vmap(f)(xs)
+    by_example = self.info and self.info.by_example
+    loop = jax.lax.map if by_example else lambda f, xs: jax.vmap(f)(xs)
     out = loop(one, cut)
-    return out.reshape(-1, *out.shape[2:])[:count]
+    out = out.reshape(-1, *out.shape[2:])[:count]
+    return examples.back(out, (self.step.pre or self.step.out).aval.shape, made)
 
 
 def alike(

@@ -81,10 +81,12 @@ RULES = {
     'lg_fg_a': Setting('LG-FG-A', {'grouped': False, 'placement': 'block'}),
     'frozen': Setting('backprop', {}, {'frozen': ('block_*',)}),
 }
-CANDIDATES = (  # Learning rate and weight decay, of AdamW.
-    (1e-3, .01), (3e-3, .01), (3e-3, 1.), (3e-3, 3.))
+# Learning rate and weight decay, of AdamW. Kolen-Pollack's feedback aligns by the
+# factor exp(-rate * decay) a step: strong decays for a thousand steps, a tenth of
+# them for ten thousand. Commands name them by index: new ones come last.
+CANDIDATES = ((1e-3, .01), (3e-3, .01), (3e-3, 1.), (3e-3, 3.), (3e-3, .1))
 _OF_MIRRORS = (  # As many, but with no decay; see above.
-    (1e-3, 0.), (1e-2, 0.), (3e-3, 0.), (5e-4, 0.))
+    (1e-3, 0.), (1e-2, 0.), (3e-3, 0.), (5e-4, 0.), (2e-3, 0.))
 
 
 def candidates(rule: str) -> tuple[tuple[float, float], ...]:

@@ -9,7 +9,7 @@
 are the table. Rows: backprop, Kolen-Pollack, weight mirror, sign symmetry, feedback
 alignment; direct feedback once (macro) or three times (micro) a block, of the error
 behind the projection to the vocabulary, or before it (`_hidden`); forward gradient
-of activities with a loss for every block; and the frozen blocks. Each rule has four
+of activities with a loss for every block; and the frozen blocks. Each rule has five
 learning rates and decays, judged on validation examples for a quarter of the epochs.
 The test split chose nothing. Read from TFDS_DATA_DIR.
 
@@ -29,7 +29,7 @@ and that of macro below that of micro.
 
 Three epochs of backprop, 1,470 steps, took seven minutes of processor time, and 24 of
 the clock on a core that others used too. By that the twelve epochs of all eleven rows
-are five to six hours of a core, and the search another four or five: --candidate=1
+are five to six hours of a core, and the search another five: --candidate=1
 leaves it out. --trial, two epochs of each without a smaller model, is about an hour
 without the search.
 """

@@ -15,10 +15,10 @@ Rows: backprop, feedback alignment, Kolen-Pollack, weight mirror, sign symmetry
 (uniform), direct feedback to each block, local representation alignment, its
 recursive kind with direct wires, forward gradient of activities with a loss for
 every block, and the control `frozen`: embedding and readout learn, the blocks
-keep their first values. Each rule has four learning rates and decays, judged on
+keep their first values. Each rule has five learning rates and decays, judged on
 validation examples at the smallest depth with seed 0 for a quarter of the epochs;
 the best is used at all depths. KP's decay has to let feedback align within the
-run, so that two of the four are strong ones.
+run, so that three of the five are strong ones.
 
 Must hold, where backprop is at least three standard errors above the frozen
 blocks: Kolen-Pollack within 1.5 points of backprop at every depth; feedback
@@ -26,7 +26,7 @@ alignment above the frozen blocks at depths 1 and 2, and not at 4 and 8 (a
 one-sided paired t-test over seeds, p < .05). Where blocks do not matter, it is
 said so, and nothing is judged.
 
-The default, SICK with two seeds, is 80 runs and 40 candidates: about six hours on
+The default, SICK with two seeds, is 80 runs and 50 candidates: six to seven hours on
 one core, extrapolated. A run of `recall` with two blocks and backprop took 75 s on a
 core that others used too, 35 ms a step of 64 rows of 14 tokens (results/
 transformer_tasks.json); one on SICK has 868 steps of 48 tokens, 104 s by tokens, 195

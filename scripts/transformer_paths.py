@@ -18,7 +18,7 @@ frozen blocks: the largest gain of a path is at least three standard errors, so
 that there is a path that breaks it; and it closes half of the gap to backprop at
 least, so that it is one path.
 
-The default is 90 runs and 120 candidates of a third each; by the 75 s that a run of
+The default is 90 runs and 150 candidates of a third each; by the 75 s that a run of
 `recall` with two blocks took on a core that others used too, three to four hours
 with compilation. No run of it has been made.
 """

@@ -4,7 +4,7 @@
       [--override=model_args.width=64]
 
 A pre-norm vision transformer of four blocks, width 128, patches of 4, 30 epochs of
-AdamW with a cosine, no augmentation. Four learning rates and decays for each rule,
+AdamW with a cosine, no augmentation. Five learning rates and decays for each rule,
 judged on 2,000 training images set apart, for a quarter of the epochs. CIFAR-10 is
 read from TFDS_DATA_DIR. A GPU is wanted for the full protocol; --trial fits a core.
 

@@ -113,14 +113,14 @@ class SettingsTest(parameterized.TestCase):
       del workdir, jobs
       (row, configs), = rows.items()
       seen.append((prefix, row, [c.epochs for c in configs]))
-      return {row: [.1, None, .3, .2]}
+      return {row: [.1, None, .3, .2, .2]}
 
     self.patch.setattr(search, 'search', made_up)
     own = {'dataset': ['sick'], 'depths': ['1', '2', '4'], 'rules': ['usf']}
     flags = {'workdir': str(self.tmp)}
     for _ in range(2):  # The second time nothing is searched.
       experiment, values = _prepared('transformer_depth', flags, **own)
-    self.assertEqual(seen, [('sick', 'usf_2', [2, 2, 2, 2])])
+    self.assertEqual(seen, [('sick', 'usf_2', [2] * 5)])
     self.assertEqual(values['rows'], ['usf_1', 'usf_2', 'usf_4'])
     self.assertEqual(experiment.head['search']['sick']['usf']['best'], 2)
     for row in experiment.rows:
@@ -131,7 +131,7 @@ class SettingsTest(parameterized.TestCase):
       ({'dataset': ['sik']}, '`dataset` has no'),
       ({'depths': ['3']}, '`depths` must be among'),
       ({'rules': ['bp']}, '`rules` has no'),
-      ({'candidate': ['4']}, '`candidate` must be a number below 4'),
+      ({'candidate': ['5']}, '`candidate` must be a number below 5'),
       ({'candidate': ['usf:1']}, '`candidate` must begin with a number'))
   def test_refused(self, own, sentence):
     with self.assertRaisesRegex(ValueError, sentence):

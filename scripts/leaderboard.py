@@ -99,7 +99,8 @@ def write(path: str, settings: leaderboard.Settings, cells, runs) -> None:
   commands = {t: commands[t] for t in leaderboard.TIERS if t in commands}
   head = {
       'command': '; '.join(commands.values()), 'commands': commands,
-      'machine': f'{measurement.machine()}, shared with other work', 'date': datetime.date.today().isoformat(),
+      'machine': measurement.machine(),
+      'date': datetime.date.today().isoformat(),
       'versions': summary_lib.versions()}
   text = json.dumps(head, indent=1)[:-2]
   for name in ('cells', 'runs'):

@@ -81,6 +81,9 @@ RULES = {
     'lg_fg_a': Setting('LG-FG-A', {'grouped': False, 'placement': 'block'}),
     'frozen': Setting('backprop', {}, {'frozen': ('block_*',)}),
 }
+# Data set -> answers in its test split.
+ANSWERS = {
+    'recall': 16_000, 'listops': 2000, 'sick': 1982, 'sst2': 872, 'mnli': 9815}
 # Learning rate and weight decay, of AdamW. Kolen-Pollack's feedback aligns by the
 # factor exp(-rate * decay) a step: strong decays for a thousand steps, a tenth of
 # them for ten thousand. Commands name them by index: new ones come last.

@@ -49,12 +49,11 @@ RULES = (
 DEPTHS = (1, 2, 4, 8, 12)
 _NAMES = {'glue/sst2': 'sst2', 'glue/mnli': 'mnli',
           'associative_recall': 'recall'}
-# Preset -> answers of the test split, chance, and the share of the most frequent
-# label there in percent (None: not known here).
-_TESTS = {
-    'recall': (16_000, 6.25, 6.25), 'listops': (2000, 10., 10.),
-    'sick': (1982, 100 / 3, 56.4), 'sst2': (872, 50., 50.9),
-    'mnli': (9815, 100 / 3, None)}
+# Preset -> chance, and the share of the most frequent label in percent (None: not
+# known here).
+_LEVELS = {
+    'recall': (6.25, 6.25), 'listops': (10., 10.), 'sick': (100 / 3, 56.4),
+    'sst2': (50., 50.9), 'mnli': (100 / 3, None)}
 _BOUND = 1.5
 _MATTERS = 3.  # Standard errors.
 TRIAL = transformers.Trial(depths=(1, 2), rules=RULES, seeds=('0', '1'))
@@ -86,7 +85,7 @@ def _p(preset, depth, results):
 
 
 def _checks(preset):
-  count = _TESTS[preset][0]
+  count = transformers.ANSWERS[preset]
   made = []
   for depth in DEPTHS:
     excused = transformers.where_blocks_matter(preset, depth, count, _MATTERS)
@@ -107,7 +106,7 @@ def _checks(preset):
 
 def _report(results, preset):
   """What is said of each depth, whether or not it is judged."""
-  count = _TESTS[preset][0]
+  count = transformers.ANSWERS[preset]
   for depth in DEPTHS:
     try:
       gap = _gap(preset, 'backprop', 'frozen', depth, results)
@@ -147,7 +146,7 @@ def draw(results: reproduction.Results, path: str) -> None:
           marker='o', ms=4, capsize=3, color=f'C{RULES.index(rule)}',
           linestyle='--' if rule == 'frozen' else '-',
           lw=2 if rule in ('backprop', 'frozen') else 1.2)
-    _, chance, majority = _TESTS[preset]
+    chance, majority = _LEVELS[preset]
     lines['chance'] = axis.axhline(chance, color='0.5', lw=1, ls=':')
     if majority is not None and majority != chance:
       lines['most frequent label'] = axis.axhline(
@@ -171,7 +170,7 @@ EXPERIMENT = reproduction.Experiment(
     name='transformer_depth',
     title='Rules in transformers, by depth',
     rows=[_row(preset, rule, depth)
-          for preset in _TESTS for depth in DEPTHS for rule in RULES],
+          for preset in _LEVELS for depth in DEPTHS for rule in RULES],
     columns=[
         reproduction.Column(_ACCURACY, reproduction.test_accuracy),
         reproduction.Column('train accuracy, %', reproduction.train_accuracy),

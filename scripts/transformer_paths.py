@@ -31,7 +31,7 @@ from experiments.configs import transformer_paths
 import matplotlib.pyplot as plt
 
 _ACCURACY = 'test accuracy, %'
-_TESTS = {'recall': 16_000, 'listops': 2000, 'sick': 1982}
+_DATASETS = ('recall', 'listops', 'sick')
 _NORMS = ('post', 'pre')
 DEPTHS = (1, 2, 4)
 _PATHS = [row for row in transformer_paths.ROWS if '_' in row
@@ -88,7 +88,7 @@ def _share(preset, depth):
 
 
 def _checks(preset):
-  count = _TESTS[preset.rpartition('_')[0]]
+  count = transformers.ANSWERS[preset.rpartition('_')[0]]
   made = []
   for depth in DEPTHS:
     excused = transformers.where_blocks_matter(preset, depth, count)
@@ -143,7 +143,7 @@ EXPERIMENT = reproduction.Experiment(
     name='transformer_paths',
     title='Feedback alignment on all paths but one',
     rows=[_row(dataset, norm, rule, depth)
-          for dataset in _TESTS for norm in _NORMS for depth in DEPTHS
+          for dataset in _DATASETS for norm in _NORMS for depth in DEPTHS
           for rule in transformer_paths.ROWS],
     columns=[
         reproduction.Column(_ACCURACY, reproduction.test_accuracy),

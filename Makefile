@@ -38,7 +38,7 @@ $(VENV)/installed: setup.cfg pyproject.toml
 	    exec $$python -m venv $(VENV); fi; done; \
 	  echo 'error: Python 3.11 or newer is needed; name one with' \
 	      'make PYTHON=...' >&2; exit 1
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,docs]'
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -e '.[test,docs]'
 	touch $@
 
 clean:

@@ -39,7 +39,7 @@ def main():
     _check_wheel(wheel)
     venv.create(folder / 'venv', with_pip=True)
     python = folder / 'venv' / 'bin' / 'python'
-    _run(python, '-m', 'pip', 'install', '--quiet',
+    _run(python, '-m', 'pip', 'install', '--quiet', '--no-compile',
          '--disable-pip-version-check', wheel)
     example = folder / 'example.py'
     example.write_text(_example(), encoding='utf-8')

@@ -16,7 +16,9 @@ _KNOWN = {
 }
 
 
-def get(name: str, argument: str = 'activation') -> Callable[[jnp.ndarray], jnp.ndarray]:
+def get(
+    name: str, argument: str = 'activation'
+) -> Callable[[jnp.ndarray], jnp.ndarray]:
   """The elementwise function called `name`.
 
   Args:

@@ -268,8 +268,8 @@ class Network:
       error = outputs[0]  # With its place on the mesh.
     return Traced(
         plan, flow, shape[0], axes, error, parts, jax.tree.structure(shape), notes,
-        entries, points, survey_lib.exact_by(plan, names, len(outputs), found), found, mixed,
-        frozenset(trace_lib.operations(closed.jaxpr)), has_key,
+        entries, points, survey_lib.exact_by(plan, names, len(outputs), found), found,
+        mixed, frozenset(trace_lib.operations(closed.jaxpr)), has_key,
         has_key and any(
             closed.jaxpr.invars[-1] in eqn.invars for eqn in closed.eqns))
 

@@ -101,9 +101,9 @@ def direct_feedback_alignment(
     keep it from the optimiser with `rule.trainable`.
 
   Raises:
-    ValueError: for a value out of range, or options that exclude each other; for a unit that is called twice, a
-      network without boundaries under `placement='boundaries'`, and more
-      connections than the error has entries.
+    ValueError: for a value out of range, or options that exclude each other; for a
+      unit that is called twice, a network without boundaries under
+      `placement='boundaries'`, and more connections than the error has entries.
 
   Example:
     >>> import bpjax

@@ -662,7 +662,8 @@ def page() -> str:
               '| --- | --- | --- | --- |']
     for f in (f for f in FIELDS if f.group == group):
       cells = (f'`{f.name}`', f'`{f.default!r}`', f.kind.text, f.meaning)
-      lines.append(f'| {" | ".join(c.replace("|", chr(92) + "|").replace("*", chr(92) + "*") for c in cells)} |')
+      escaped = (c.replace('|', r'\|').replace('*', r'\*') for c in cells)
+      lines.append(f'| {" | ".join(escaped)} |')
   return '\n'.join(lines) + '\n'
 
 

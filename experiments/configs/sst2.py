@@ -12,8 +12,8 @@ of the 67,349 training examples, most of which are phrases.
 
 Sentiment is decided by words: with the blocks frozen,
 --config.frozen="('block_*',)", nothing is lost: accuracy on the 872 sentences, one
-seed, 80.5% with backprop and 80.6% with frozen blocks. For claims about transformers see
-listops.py and associative_recall.py.
+seed, 80.5% with backprop and 80.6% with frozen blocks. For claims about
+transformers see listops.py and associative_recall.py.
 """
 
 from bpjax.train import config as config_lib

@@ -3,8 +3,9 @@
 What they hold is a copy of metrics.jsonl, which alone counts. Whenever a run
 begins or goes on, the copy is made to agree with it: TensorBoard's event file is
 written anew from the lines that are kept, Weights & Biases gets the steps that it
-lacks, and Aim has every step written over. So a run that was killed leaves no point twice and none out. A copy
-that fails is one warning, and never ends a run or changes what it computes.
+lacks, and Aim has every step written over. So a run that was killed leaves no
+point twice and none out. A copy that fails is one warning, and never ends a run or
+changes what it computes.
 """
 
 from __future__ import annotations

@@ -271,7 +271,8 @@ def _task(config, dataset):
         f'`class_weights` must hold one number for each of the '
         f'{dataset.num_classes} classes, got {len(config.class_weights)}.')
   return tasks.Images(
-      dataset.num_classes, dataset.image_shape, _pixels(config, 'pixel_mean', dataset.mean),
+      dataset.num_classes, dataset.image_shape,
+      _pixels(config, 'pixel_mean', dataset.mean),
       _pixels(config, 'pixel_std', dataset.std))
 
 

@@ -99,7 +99,8 @@ class Run:
 
 def setup(
     config: ml_collections.ConfigDict, folder: workdir_lib.Workdir,
-    given: build.Given = build.Given(), hosts: hosts_lib.Hosts = hosts_lib.Hosts()) -> Run:
+    given: build.Given = build.Given(), hosts: hosts_lib.Hosts = hosts_lib.Hosts()
+) -> Run:
   """Makes everything ready, and refuses whatever cannot work.
 
   Raises:

@@ -191,6 +191,10 @@ class UnitInfo:
   joint: str = ''
   weights_as_kept: bool = True
 
+  def place(self, i: int) -> tuple[int, int, int] | None:
+    """Where the examples of an input lie, see `given_examples`."""
+    return self.given_examples[i] if self.given_examples else None
+
   if not TYPE_CHECKING:  # Which knows the fields.
 
     def __getattr__(self, name):

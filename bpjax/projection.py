@@ -33,7 +33,7 @@ def feedback_shape(
     raise ValueError(
         f'unit `{info.name}` sends no message, so that it has no projection; ask '
         '`projection.sends(info)` first.')
-  shape = _first_shape(info.inputs[read], _place(info))
+  shape = _first_shape(info.inputs[read], info.place(read))
   error = (error or info.net_output).shape
   n_out, features, _ = layout(
       error, shape, info.feature_axes if info.positionwise else 0)
@@ -82,7 +82,7 @@ def project(
     An array in the shape of `x`.
   """
   return spread(
-      error, weights, x, _place(info),
+      error, weights, x, info.place(read_input(info)),
       info.feature_axes if info.positionwise else 0, mask)
 
 
@@ -138,12 +138,6 @@ def dtype(params: base.Tree, info: base.UnitInfo) -> Any:
   """That of the unit's parameters; of what it passes on for a boundary."""
   leaves = jax.tree.leaves(params) or [info.out]
   return leaves[0].dtype
-
-
-def _place(info):
-  """Where the examples lie in the input that is read."""
-  given = info.given_examples
-  return given[read_input(info)] if given else None
 
 
 def _times(error, weights, features):
@@ -237,9 +231,9 @@ def structured(
 
 def _has_positions(info):
   """Whether one projection goes to all positions of a map of channels."""
+  read = read_input(info)
   _, features, mode = layout(
-      info.net_output.shape,
-      _first_shape(info.inputs[read_input(info)], _place(info)),
+      info.net_output.shape, _first_shape(info.inputs[read], info.place(read)),
       info.feature_axes if info.positionwise else 0)
   spatial = info.kind == base.BOUNDARY or 'conv' in info.operation
   return mode == 'whole' and spatial and len(features) > 1

@@ -141,8 +141,9 @@ class Network:
     A unit has `info` and its pure functions (`bpjax.Unit`): what
     `rule.backward` takes. `net.units.exact` lists the parameters that meet data
     outside of all units (gains of norms, embeddings that are added): there a
-    credit rule leaves them on their exact gradient. Known once the network has
-    seen an input's shape (`init`).
+    credit rule leaves them on their exact gradient, unless it teaches by targets,
+    which do not train the gains inside a unit (`rule.units(net, variables, x)`
+    says which). Known once the network has seen an input's shape (`init`).
     """
     if self._latest is None:
       raise ValueError(

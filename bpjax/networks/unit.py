@@ -205,7 +205,7 @@ class TraceUnit(PureUnit):
 
   def _places(self, count):
     """Where examples lie in each of so many inputs."""
-    return (self.info and self.info.given_examples) or (None,) * count
+    return [self.info.place(i) if self.info else None for i in range(count)]
 
   def _count(self, inputs):
     """The number of examples."""

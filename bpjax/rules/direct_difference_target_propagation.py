@@ -204,7 +204,7 @@ class _Direct(engine.Base):
         continue
       read = projection.read_input(info)
       h = info.inputs[read]
-      place = info.given_examples[read] if info.given_examples else None
+      place = info.place(read)
       q = paths.of_unit(feedback, name)
       loops = q.shape[:q.ndim - len(projection.feedback_shape(info))]
       turns = math.prod(loops)

@@ -165,8 +165,7 @@ def propagation(
 
     def real(x):
       """`x` with zeros at positions that a mask hides."""
-      place = info.given_examples[0] if info.given_examples else None
-      return examples.only_real(x, signal.mask, place)
+      return examples.only_real(x, signal.mask, info.place(0))
 
     def read(out):
       return _READOUTS[readout](out) if info.is_output else out

@@ -99,18 +99,17 @@ def weight_mirror(
 
   def mirror(unit, params, inputs, key):
     """x^T y / M, each weight's sum divided by the positions that it sees."""
-    places = unit.info.given_examples or (None,) * len(inputs)
-
     def filled(count, make):
       """`make(number, shape, dtype)` for each input, of `count` examples.
 
       Whole numbers, such as how many examples an expert has, stay.
       """
       made = []
-      for i, (x, place) in enumerate(zip(inputs, places)):
+      for i, x in enumerate(inputs):
         if not jnp.issubdtype(x.dtype, jnp.inexact):
           made.append(x)
           continue
+        place = unit.info.place(i)
         first = jax.eval_shape(functools.partial(examples.first, place=place), x)
         made.append(examples.back(
             make(i, (count, *first.shape[1:]), x.dtype), x.shape, place))

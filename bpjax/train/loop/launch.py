@@ -149,7 +149,7 @@ def finish(
   """
   with contextlib.ExitStack() as stack:
     with _refusing():
-      ready = _prepare(config, folder, stack, given, watch, hosts)
+      ready = _prepare(config, folder, stopper, stack, given, watch, hosts)
     if ready is None:
       return None
     run, checkpoints, state, step = ready
@@ -169,7 +169,7 @@ def finish(
   return run, state
 
 
-def _prepare(config, folder, stack, given, watch, hosts):
+def _prepare(config, folder, stopper, stack, given, watch, hosts):
   """What training needs; None for a run that is finished."""
   values = config_lib.to_json(config)
   _check_equal(hosts, values, 'config')
@@ -191,7 +191,7 @@ def _prepare(config, folder, stack, given, watch, hosts):
   for unit, rule in run.units.items():
     folder.log(f'{unit}: {rule}')
   checkpoints = stack.enter_context(run_lib.checkpoints(run))
-  return run, checkpoints, *run_lib.start(run, checkpoints)
+  return run, checkpoints, *run_lib.start(run, checkpoints, stopper)
 
 
 def _check_equal(hosts, values, what):

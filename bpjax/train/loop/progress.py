@@ -110,8 +110,8 @@ def _silence():
 class Stopper:
   """Turns signals into `Interrupted`, where it does no harm.
 
-  The first signal is raised at once or, within `deferring`, kept for `check`. A
-  second one ends the process at once; all that lies on the disk is whole at any
+  The first signal is raised at once or, within `deferring`, kept for `check`;
+  within `reading`, for its end. A second one ends the process at once; all that lies on the disk is whole at any
   time. A thread watches, since Python's own handlers wait for compiled code,
   and what they raise within a destructor is lost: where nothing has to be saved
   it ends the process after a moment, else it says that the signal was heard.
@@ -140,6 +140,7 @@ class Stopper:
     self.say = say
     self.leaving: Callable[[int, str], object] = lambda code, sentence: None
     self._free_since: float | None = 0.  # None: deferring.
+    self._reading = False
     self._before = {}
 
   def __enter__(self) -> Stopper:
@@ -177,6 +178,21 @@ class Stopper:
     if self.heard:
       raise self.heard
 
+  @contextlib.contextmanager
+  def reading(self) -> Iterator[None]:
+    """A signal is raised at the end; the thread does not wait for that long.
+
+    For reads by other libraries, whose coroutines lose an exception of ours, or
+    raise it as one of theirs, so that a whole file looks damaged.
+    """
+    self._reading = True
+    try:
+      yield
+    finally:
+      self._reading = False
+    if self.heard:
+      raise self.heard
+
   def check(self) -> None:
     """Raises what was asked for, if anything was."""
     if self.asked:
@@ -193,7 +209,7 @@ class Stopper:
       self.heard = Interrupted(number)
       if not self.together:
         self.asked = self.heard
-      if self._free_since is not None:
+      if self._free_since is not None and not self._reading:
         raise self.heard
 
   def _watch(self):

@@ -114,7 +114,7 @@ def setup(
 
 
 def start(
-    run: Run, checkpoints: checkpoint.Checkpoints
+    run: Run, checkpoints: checkpoint.Checkpoints, stopper: progress_lib.Stopper
 ) -> tuple[step_lib.TrainState, int]:
   """The state to go on from and its step: the last whole checkpoint's, or new.
 
@@ -124,7 +124,8 @@ def start(
   Raises:
     ValueError: if there are checkpoints, but none that can be used.
   """
-  restored = checkpoints.restore(run.like, run.folder.recorded_before)
+  with stopper.reading():
+    restored = checkpoints.restore(run.like, run.folder.recorded_before)
   if restored is not None:
     step, state = restored
     run.folder.cut_metrics(step)

@@ -131,25 +131,31 @@ def drawn_together(
   places, sizes = _places(programs)
   if not programs:
     return {}
-  keys, numbers = jax.jit(
-      lambda key: _all_numbers(key, len(drawers), programs, sizes))(key)
+  keys = _of_units(key, len(drawers))
+  numbers = jax.jit(functools.partial(_all_numbers, programs, sizes))(
+      [_keys_of(_Keys(program), keys) for program in programs])
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def finish(which, keys, numbers, places):
+    def alone(program, i, own):
+      own = iter(own)
+      return program.run(
+          keys[i], lambda eqn, key: _cut(eqn, numbers, next(own), sizes))
+
+    return [alone(programs[p], i, own)
+            for p, (i, own) in zip(which, places, strict=True)]
+
+  # A turn finishes one unit of every program that has one left, and is compiled
+  # anew only where fewer have.
   drawn = {}
-  for number, program in enumerate(programs):
-
-    @jax.jit
-    def finish(keys, numbers, i, places):
-      places = iter(places)  # pylint: disable=cell-var-from-loop
-
-      def answer(eqn, key):
-        del key
-        return _cut(eqn, numbers, next(places), sizes)  # pylint: disable=cell-var-from-loop
-
-      return program.run(keys[i], answer)  # pylint: disable=cell-var-from-loop
-
-    for k, (i, name) in enumerate(program.members):
-      leaves = finish(
-          keys, numbers, i, places[number][k]) if program.closed.out_avals else []
-      drawn[name] = jax.tree.unflatten(program.structure, leaves)
+  for k in range(max(len(program.members) for program in programs)):
+    which = tuple(p for p, program in enumerate(programs)
+                  if k < len(program.members))
+    members = [programs[p].members[k] for p in which]
+    found = finish(which, keys, numbers, [
+        (i, places[p][k]) for p, (i, _) in zip(which, members)])
+    for p, (_, name), leaves in zip(which, members, found):
+      drawn[name] = jax.tree.unflatten(programs[p].structure, leaves)
   return {name: drawn[name] for name in drawers}
 
 
@@ -188,6 +194,7 @@ def _programs(key, drawers):
   return list(programs.values())
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def _of_units(key, count):
   key, _ = jax.random.split(key)
   return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(count))
@@ -260,34 +267,42 @@ def _places(programs):
   return places, sizes
 
 
-def _all_numbers(key, count, programs, sizes):
-  """The units' keys; and, by type, all that they draw, `[parts, size]`."""
-  keys = _of_units(key, count)
-  parts, known = {dtype: {} for dtype in sizes}, {}
-  for number, program in enumerate(programs):
-    if program.draws:
-      closed = program.of_keys()
-      same = str(closed.jaxpr), *([] if not closed.consts else [number])
-      known.setdefault(same, (closed, []))[1].append((number, program))
-  for closed, together in known.values():  # Programs that split keys alike.
-    members = [i for _, program in together for i, _ in program.members]
-    found = jax.vmap(jaxpr_as_fun(closed))(keys[np.array(members)])
-    for number, program in together:
-      own, found = zip(*(
-          jnp.split(k, [len(program.members)]) for k in found))
-      for k, (eqn, own_keys) in enumerate(zip(program.draws, own)):
-        dtype = _wanted(eqn)[1]
-        parts[dtype][number, k] = _parts(eqn, own_keys, sizes[dtype])
+class _Keys:
+  """From a unit's key to those of its draws; equal to any that do the same."""
+
+  def __init__(self, program: _Program):
+    self.closed = program.of_keys()
+    self._same = id(self) if self.closed.consts else str(self.closed.jaxpr)
+
+  def __eq__(self, other):
+    return isinstance(other, _Keys) and self._same == other._same
+
+  def __hash__(self):
+    return hash(self._same)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _keys_of(program, keys):
+  """The keys of each draw, `[units, ...]`: of all units, to be compiled once."""
+  return jax.vmap(jaxpr_as_fun(program.closed))(keys)
+
+
+def _all_numbers(programs, sizes, keys):
+  """By type, all that programs draw, `[parts, size]`; `keys` are of `_keys_of`."""
+  parts = {dtype: [] for dtype in sizes}
+  for program, found in zip(programs, keys, strict=True):
+    members = np.array([i for i, _ in program.members])
+    for eqn, own in zip(program.draws, found, strict=True):
+      dtype = _wanted(eqn)[1]
+      parts[dtype].append(_parts(eqn, own[members], sizes[dtype]))
 
   def draw(part, dtype):
     key = jax.random.wrap_key_data(part, impl=_FROM)
     return jax.random.normal(key, (sizes[dtype],), dtype)
 
   # One after the other: XLA compiles a loop's body once.
-  return keys, {
-      dtype: jax.lax.map(
-          functools.partial(draw, dtype=dtype),
-          jnp.concatenate([found[place] for place in sorted(found)]))
+  return {
+      dtype: jax.lax.map(functools.partial(draw, dtype=dtype), jnp.concatenate(found))
       for dtype, found in parts.items()}
 
 

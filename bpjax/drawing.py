@@ -131,31 +131,32 @@ def drawn_together(
   places, sizes = _places(programs)
   if not programs:
     return {}
-  keys = _of_units(key, len(drawers))
+  kinds = [_Keys(program) for program in programs]
+  different = tuple(dict.fromkeys(kinds))
+  keys, of_kinds = _all_keys(different, len(drawers), key)
   numbers = jax.jit(functools.partial(_all_numbers, programs, sizes))(
-      [_keys_of(_Keys(program), keys) for program in programs])
+      [of_kinds[different.index(kind)] for kind in kinds])
 
   @functools.partial(jax.jit, static_argnums=0)
-  def finish(which, keys, numbers, places):
+  def finish(alike, keys, numbers, units):
     def alone(program, i, own):
       own = iter(own)
       return program.run(
           keys[i], lambda eqn, key: _cut(eqn, numbers, next(own), sizes))
 
-    return [alone(programs[p], i, own)
-            for p, (i, own) in zip(which, places, strict=True)]
+    return [alone(programs[p], *unit) for p, unit in zip(alike, units, strict=True)]
 
-  # A turn finishes one unit of every program that has one left, and is compiled
-  # anew only where fewer have.
-  drawn = {}
-  for k in range(max(len(program.members) for program in programs)):
-    which = tuple(p for p, program in enumerate(programs)
-                  if k < len(program.members))
-    members = [programs[p].members[k] for p in which]
-    found = finish(which, keys, numbers, [
-        (i, places[p][k]) for p, (i, _) in zip(which, members)])
-    for p, (_, name), leaves in zip(which, members, found):
-      drawn[name] = jax.tree.unflatten(programs[p].structure, leaves)
+  # Programs of equally many units take turns: one compilation, a unit of each a turn.
+  drawn, by_count = {}, {}
+  for p, program in enumerate(programs):
+    by_count.setdefault(len(program.members), []).append(p)
+  for count, alike in by_count.items():
+    for k in range(count):
+      members = [programs[p].members[k] for p in alike]
+      found = finish(tuple(alike), keys, numbers, [
+          (i, places[p][k]) for p, (i, _) in zip(alike, members)])
+      for p, (_, name), leaves in zip(alike, members, found):
+        drawn[name] = jax.tree.unflatten(programs[p].structure, leaves)
   return {name: drawn[name] for name in drawers}
 
 
@@ -194,7 +195,6 @@ def _programs(key, drawers):
   return list(programs.values())
 
 
-@functools.partial(jax.jit, static_argnums=1)
 def _of_units(key, count):
   key, _ = jax.random.split(key)
   return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(count))
@@ -281,14 +281,18 @@ class _Keys:
     return hash(self._same)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _keys_of(program, keys):
-  """The keys of each draw, `[units, ...]`: of all units, to be compiled once."""
-  return jax.vmap(jaxpr_as_fun(program.closed))(keys)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _all_keys(kinds, count, key):
+  """The units' keys; and, by kind, those of each draw: of all units, `[units, ...]`.
+
+  A program that all networks with as many units share.
+  """
+  keys = _of_units(key, count)
+  return keys, [jax.vmap(jaxpr_as_fun(kind.closed))(keys) for kind in kinds]
 
 
 def _all_numbers(programs, sizes, keys):
-  """By type, all that programs draw, `[parts, size]`; `keys` are of `_keys_of`."""
+  """By type, all that programs draw, `[parts, size]`; `keys` are those of its draws."""
   parts = {dtype: [] for dtype in sizes}
   for program, found in zip(programs, keys, strict=True):
     members = np.array([i for i, _ in program.members])

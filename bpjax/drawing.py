@@ -102,9 +102,14 @@ class _Program(NamedTuple):
       if needed.intersection(eqn.outvars):
         needed.update(v for v in eqn.invars if not isinstance(v, Literal))
         eqns.insert(0, eqn)
+    # Without what else the drawing holds, since these are kept.
+    consts = [(var, const) for var, const in zip(jaxpr.constvars, self.closed.consts)
+              if var in needed]
     return ClosedJaxpr(jaxpr.replace(
-        eqns=eqns, outvars=[eqn.invars[0] for eqn in self.draws],
-        debug_info=jaxpr.debug_info.with_unknown_names()), self.closed.consts)
+        eqns=eqns, constvars=[var for var, _ in consts],
+        outvars=[eqn.invars[0] for eqn in self.draws],
+        debug_info=jaxpr.debug_info.with_unknown_names()),
+        [const for _, const in consts])
 
 
 def drawn_together(

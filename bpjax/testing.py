@@ -30,10 +30,11 @@ def check_rule(
   says it is linear in the error is; the loss halves within 150 steps of Adam; on
   points too many to know by heart it falls further than with hidden layers that
   stay as they are; with the weights for feedback, where it has their shapes,
-  updates point along the gradient; convolutions, boundaries, integer inputs, `remat`, `scan` and a
-  batch of one work or are refused by a ValueError (without `model` and `net`);
-  and, where there are several devices, a batch sharded over all of them gives the
-  same updates. It takes half a minute, and returns nothing where all of that holds.
+  updates point along the gradient; convolutions, boundaries, integer inputs,
+  `remat`, `scan` and a batch of one work or are refused by a ValueError (without
+  `model` and `net`); and, where there are several devices, a batch sharded over
+  all of them gives the same updates. It takes half a minute, and returns nothing
+  where all of that holds.
 
   Args:
     rule: the rule, such as `my_rule()`.

@@ -22,6 +22,7 @@ from bpjax.train import config as config_lib
 from bpjax.train import data as data_lib
 from bpjax.train.data import decoded
 from bpjax.train.data import prepared
+from bpjax.train.fit import _Asked
 from bpjax.train.folder import checkpoint
 from bpjax.train.folder import environment
 from bpjax.train.folder import streams
@@ -188,11 +189,15 @@ def test_a_signal_while_the_folder_is_closed(tmp_path, monkeypatch):
   assert 'is finished' in _launch(tmp_path)  # Nor is it held any longer.
 
 
-def test_a_signal_within_a_read_is_raised_at_its_end():
+@pytest.mark.parametrize('stopper,numbers', [
+    (progress.Stopper, [signal.SIGTERM]),
+    (_Asked, [signal.SIGINT, signal.SIGINT])])
+def test_a_signal_within_a_read_is_raised_at_its_end(stopper, numbers):
   done = []
-  with pytest.raises(progress.Interrupted), progress.Stopper() as stopper:
+  with pytest.raises(progress.Interrupted), stopper() as stopper:
     with stopper.reading():
-      signal.raise_signal(signal.SIGTERM)
+      for number in numbers:
+        signal.raise_signal(number)
       done.append('read')
     done.append('more')
   assert done == ['read']

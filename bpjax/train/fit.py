@@ -216,6 +216,6 @@ class _Asked(progress.Stopper):
       signal.signal(signal.SIGINT, self._handler)
 
   def _ask(self, number, frame):
-    if self.asked is not None:
+    if self.asked is not None and not self._reading:
       raise KeyboardInterrupt
     super()._ask(number, frame)

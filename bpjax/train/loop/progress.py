@@ -111,10 +111,11 @@ class Stopper:
   """Turns signals into `Interrupted`, where it does no harm.
 
   The first signal is raised at once or, within `deferring`, kept for `check`;
-  within `reading`, for its end. A second one ends the process at once; all that lies on the disk is whole at any
-  time. A thread watches, since Python's own handlers wait for compiled code,
-  and what they raise within a destructor is lost: where nothing has to be saved
-  it ends the process after a moment, else it says that the signal was heard.
+  within `reading`, for its end. A second one ends the process at once; all that
+  lies on the disk is whole at any time. A thread watches, since Python's own
+  handlers wait for compiled code, and what they raise within a destructor is lost:
+  where nothing has to be saved it ends the process after a moment, else it says
+  that the signal was heard.
 
   Of several processes each hears for itself, and none acts on it within
   `deferring` until `ask` says that all do. Outside the main thread, where Python
